@@ -1,0 +1,1 @@
+"""Tiny trained demo models and the shape world they know."""
