@@ -1,0 +1,201 @@
+"""What a wrapper receives: the attention op, the denoiser forward, or the pipeline run that it stands around."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from patchkit.ledger import Ledger
+    from patchkit.sites import Site
+
+
+class Grid(NamedTuple):
+    """The shape of the visual tokens, in tokens: images have one frame. Order in the sequence: frame, row, column."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+
+class Span(NamedTuple):
+    """Tokens ``start`` to ``stop`` (exclusive) of a sequence."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:  # a span has the length of what it covers, not of the pair
+        return self.stop - self.start
+
+
+@dataclass(slots=True)
+class Moment:
+    """Where in the run a call happens.
+
+    ``step`` counts from 0 and ``total`` is the number of denoising steps; both are None where nobody tells (a bare
+    model outside a pipeline). For a language model, ``step`` is 0 in the prefill and then counts decoded tokens.
+    ``branch`` names the guidance pass: ``"cond"``, ``"uncond"``, ``"batched"`` (both in one batch, unconditional half
+    first) or ``"single"`` (no guidance, or guidance embedded in the model).
+    """
+
+    step: int | None = None
+    total: int | None = None
+    branch: str = "single"
+
+    @property
+    def fraction(self) -> float | None:
+        """How far the run is, in [0, 1)."""
+        if self.step is None or not self.total:
+            return None
+        return self.step / self.total
+
+
+@dataclass(slots=True)
+class AttentionCall:
+    """One call of the attention op at one site.
+
+    Attributes:
+        q: (B, H, Nq, D), after RoPE and query normalisation.
+        k, v: (B, Hkv, Nk, D); key-value heads are not repeated.
+        mask: as the model gave it, broadcastable to (B, H, Nq, Nk): bool (True = attend) or additive; None = none.
+        scale: softmax scale; None means D ** -0.5.
+        causal: query i sees keys up to ``i + Nk - Nq``. Only ever True when ``mask`` is None.
+        site: which attention module.
+        index: which op call of that module (Mochi calls once per sample, image-to-video cross-attention twice).
+        grid: shape of the visual tokens, None if unknown or without meaning here.
+        text: where the text tokens are in the joint sequence (None: no text in this sequence, or unknown).
+        moment: step, total and guidance branch.
+        state: what this recipe keeps for (component, site, branch, index) until the run ends.
+        ledger: where the recipe writes what it did, for the report.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float | None
+    causal: bool
+    site: Site
+    index: int = 0
+    grid: Grid | None = None
+    text: Span | None = None
+    moment: Moment = field(default_factory=Moment)
+    state: dict[str, Any] = field(default_factory=dict)
+    ledger: Ledger = None  # type: ignore[assignment]  # set before any recipe sees the call
+    extra: dict[str, Any] = field(default_factory=dict)  # the library's own arguments, handed through
+    weights: Tensor | None = None  # attention weights, where the library's function returned them
+
+    @property
+    def step(self) -> int | None:
+        return self.moment.step
+
+    @property
+    def total(self) -> int | None:
+        return self.moment.total
+
+    @property
+    def branch(self) -> str:
+        return self.moment.branch
+
+    def replace(self, **changes: Any) -> AttentionCall:
+        """A copy of this call with some inputs changed; give it to ``next``."""
+        other = copy.copy(self)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        return other
+
+    def key_padding(self) -> Tensor | None:
+        """(B or 1, Nk) bool, True = a real key, if the mask only says which keys are padding; else None.
+
+        Additive masks count as padding masks when each entry is 0 or at most half of the dtype's minimum.
+        """
+        if self.mask is None:
+            return None
+        mask = self.mask
+        if mask.ndim == 2:
+            mask = mask[:, None, None, :]
+        if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
+            return None
+        mask = mask[:, 0, 0, :]
+        if mask.dtype == torch.bool:
+            return mask
+        blocked = mask <= torch.finfo(mask.dtype).min / 2
+        return ~blocked if bool((blocked | (mask == 0)).all()) else None
+
+
+@dataclass(slots=True)
+class DenoiseCall:
+    """One call of a denoiser (or of a language model's forward).
+
+    ``args`` and ``kwargs`` are exactly what the pipeline passed; change them, call ``next(call)`` as often as needed,
+    and return what the module would have returned.
+    """
+
+    module: torch.nn.Module
+    component: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    moment: Moment
+    state: dict[str, Any] = field(default_factory=dict)
+    ledger: Ledger = None  # type: ignore[assignment]
+
+    @property
+    def step(self) -> int | None:
+        return self.moment.step
+
+    @property
+    def total(self) -> int | None:
+        return self.moment.total
+
+    @property
+    def branch(self) -> str:
+        return self.moment.branch
+
+    def replace(self, **changes: Any) -> DenoiseCall:
+        """A copy of this call with some fields changed; ``kwargs`` is copied so that it can be edited."""
+        other = copy.copy(self)
+        other.kwargs = dict(self.kwargs)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        return other
+
+
+@dataclass(slots=True)
+class RunCall:
+    """One call of the pipeline: ``pipe(*args, **kwargs)``.
+
+    ``options`` holds the arguments that the recipe declared for itself (they never reach the pipeline).
+    """
+
+    pipeline: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    ledger: Ledger = None  # type: ignore[assignment]
+
+    @property
+    def generator(self) -> Any:
+        return self.kwargs.get("generator")
+
+    def replace(self, **changes: Any) -> RunCall:
+        """A copy of this call with some fields changed; ``kwargs`` is copied so that it can be edited."""
+        other = copy.copy(self)
+        other.kwargs = dict(self.kwargs)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        return other
+
+
+Attend = Callable[[AttentionCall], Tensor]
+Denoise = Callable[[DenoiseCall], Any]
+Run = Callable[[RunCall], Any]

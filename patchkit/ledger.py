@@ -1,0 +1,86 @@
+"""What a recipe writes down while it works; the report is made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Ledger:
+    """One recipe's account of one (component, site, branch, op index) during one run.
+
+    Counting and noting are cheap enough for every call: tensors are kept as they are and read when the report is made.
+    """
+
+    calls: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    dense: Counter[str] = field(default_factory=Counter)  # reason -> how often the op ran dense because of it
+    values: dict[str, Any] = field(default_factory=dict)
+    seconds: Counter[str] = field(default_factory=Counter)
+    _events: list[tuple[str, Any, Any]] = field(default_factory=list)
+
+    def count(self, what: str, by: int = 1) -> None:
+        """Add to a named count (``searches``, ``sparse`` ...)."""
+        self.counts[what] += by
+
+    def ran_dense(self, reason: str) -> None:
+        """Say that this call ran dense, and why."""
+        self.dense[reason] += 1
+
+    def note(self, **values: Any) -> None:
+        """Keep the newest value of something (a number, a list, a tensor per head)."""
+        self.values.update(values)
+
+    @contextlib.contextmanager
+    def time(self, what: str, device: torch.device) -> Iterator[None]:
+        """Add the time spent inside to ``what``. On CUDA by events, so that nothing waits for the device."""
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.device(device):
+                begin.record()
+                try:
+                    yield
+                finally:
+                    end.record()
+                    self._events.append((what, begin, end))
+            return
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - begun
+
+    def settle(self) -> None:
+        """Turn recorded device events into seconds; waits for them."""
+        for what, begin, end in self._events:
+            end.synchronize()
+            self.seconds[what] += begin.elapsed_time(end) / 1000
+        self._events.clear()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        self.settle()
+        return {
+            "calls": self.calls,
+            "counts": dict(self.counts),
+            "dense": dict(self.dense),
+            "values": {name: _plain(value) for name, value in self.values.items()},
+            "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().tolist()
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,72 @@
+"""The recipes that are known: patchkit's own, those of installed packages, and those registered in this process."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+from importlib.metadata import entry_points
+from typing import Any
+
+from patchkit.errors import PatchkitError, UnknownRecipe, nearest
+from patchkit.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+GROUP = "patchkit.recipes"  # entry-point group of third parties; the value names a recipe class or its module
+_recipes: dict[str, type[Recipe]] = {}
+_loaded = False
+
+
+def add(cls: type[Recipe]) -> None:
+    """Register a recipe class under its name. The same class may come again (a module reloaded), another may not."""
+    other = _recipes.get(cls.name)
+    if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise PatchkitError(
+            f"two recipes are called {cls.name!r}",
+            f"{other.__module__}.{other.__qualname__} and {cls.__module__}.{cls.__qualname__}",
+            "rename one of them",
+        )
+    _recipes[cls.name] = cls
+
+
+def _load() -> None:
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True  # before the imports: a recipe module may ask for the registry
+    package = importlib.import_module("patchkit.recipes")
+    for module in pkgutil.iter_modules(package.__path__, "patchkit.recipes."):
+        importlib.import_module(module.name)
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:  # somebody else's package must not take ours down; it is named instead
+            logger.warning("recipe entry point %r (%s) could not be loaded: %s", point.name, point.value, error)
+
+
+def get(name: str) -> type[Recipe]:
+    """The recipe class of that name; raises :class:`UnknownRecipe` with the nearest name."""
+    _load()
+    if name not in _recipes:
+        raise UnknownRecipe(f"there is no recipe {name!r}", remedy=nearest(name, _recipes))
+    return _recipes[name]
+
+
+def all_recipes() -> dict[str, type[Recipe]]:
+    """Every recipe by name."""
+    _load()
+    return dict(sorted(_recipes.items()))
+
+
+def describe(cls: type[Recipe]) -> dict[str, Any]:
+    """What a table of recipes shows."""
+    return {
+        "name": cls.name,
+        "summary": cls.summary,
+        "paper": cls.paper,
+        "effect": cls.effect,
+        "families": list(cls.families),
+        "models": list(cls.models),
+        "module": cls.__module__,
+    }
