@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import images, videos
+from . import images, models, videos
 from .entries import NEGATIVE, PROMPT, TinyModel, TinyPipeline, forward, generate, run
 
 __all__ = [
@@ -92,4 +92,20 @@ PIPELINES: dict[str, TinyPipeline] = {
     )
 }
 
-MODELS: dict[str, TinyModel] = {}
+MODELS: dict[str, TinyModel] = {
+    entry.name: entry
+    for entry in (
+        TinyModel("llama", models.llama, models.text_inputs),
+        TinyModel("mistral", models.mistral, models.text_inputs),
+        TinyModel("qwen2", models.qwen2, models.text_inputs),
+        TinyModel("qwen3", models.qwen3, models.text_inputs),
+        TinyModel("bitnet", models.bitnet, models.text_inputs),
+        TinyModel("gemma3", models.gemma3, models.text_inputs),
+        TinyModel("gpt2", models.gpt2, models.text_inputs),
+        TinyModel("bert", models.bert, models.bert_inputs, causal=False),
+        TinyModel("vit", models.vit, models.vit_inputs, causal=False),
+        TinyModel("llava", models.llava, models.llava_inputs),
+        TinyModel("qwen2vl", models.qwen2vl, models.qwen_vl_inputs),
+        TinyModel("qwen25vl", models.qwen25vl, models.qwen_vl_inputs),
+    )
+}
