@@ -10,7 +10,8 @@
     entry = tiny.MODELS["qwen3"]
     logits = tiny.forward(entry, entry.build())
 
-Equal seeds give equal bits. ``build(layers=8)`` makes a deeper one (not for the two UNets).
+Equal seeds give equal bits. ``build(layers=8)`` makes a deeper one (not for the two UNets). ``entry.expected`` holds
+what is true of it by upstream's source (``facts.py``); ``tiny.record`` watches which attention operations really run.
 """
 
 from __future__ import annotations
@@ -19,16 +20,23 @@ from typing import Any
 
 from . import images, models, videos
 from .entries import NEGATIVE, PROMPT, TinyModel, TinyPipeline, forward, generate, run
+from .facts import Facts, ModelFacts, Site
+from .record import Op, record
 
 __all__ = [
     "MODELS",
     "NEGATIVE",
     "PIPELINES",
     "PROMPT",
+    "Facts",
+    "ModelFacts",
+    "Op",
+    "Site",
     "TinyModel",
     "TinyPipeline",
     "forward",
     "generate",
+    "record",
     "run",
 ]
 

@@ -10,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedModel
 
+from . import facts
+
 PROMPT = "a red circle"
 NEGATIVE = "blur"
 
@@ -30,6 +32,11 @@ class TinyPipeline:
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
+    def expected(self) -> facts.Facts:
+        """What is true of it by upstream's source: see ``facts.py``."""
+        return facts.PIPELINES[self.name]
+
+    @property
     def video(self) -> bool:
         return "num_frames" in self.call
 
@@ -45,6 +52,10 @@ class TinyModel:
     build: Callable[..., PreTrainedModel]
     inputs: Callable[[PreTrainedModel], dict[str, torch.Tensor]]
     causal: bool = True
+
+    @property
+    def expected(self) -> facts.ModelFacts:
+        return facts.MODELS[self.name]
 
 
 def run(

@@ -53,6 +53,7 @@ def _unet(**changes: Any) -> UNet2DConditionModel:
 
 
 def sd15() -> StableDiffusionPipeline:
+    """Attention at two resolutions, so that the grid differs from block to block."""
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -65,7 +66,10 @@ def sd15() -> StableDiffusionPipeline:
         vae=picture_vae(),
         text_encoder=clip_text(),
         tokenizer=tokenizers.clip(),
-        unet=_unet(),
+        unet=_unet(
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        ),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -108,7 +112,7 @@ def sd3(layers: int = 2, **changes: Any) -> StableDiffusion3Pipeline:
         caption_projection_dim=32,
         joint_attention_dim=64,
         pooled_projection_dim=64,
-        pos_embed_max_size=16,
+        pos_embed_max_size=64,
         **changes,
     )
     return StableDiffusion3Pipeline(
