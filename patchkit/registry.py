@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from patchkit.errors import PatchkitError, UnknownRecipe, nearest
-from patchkit.recipe import Recipe
+from patchkit.recipe_base import Recipe
 
 logger = logging.getLogger(__name__)
 

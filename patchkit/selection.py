@@ -53,6 +53,14 @@ class Indices:
             chosen.update(range(max(low, 0), min(high, count - 1) + 1))
         return frozenset(chosen)
 
+    def beyond(self, count: int) -> list[str]:
+        """The parts that select nothing out of 0 .. count-1, as they were written."""
+        found = []
+        for start, stop in self.parts or ():
+            if not Indices(((start, stop),)).resolve(count):
+                found.append(str(start) if start == stop else f"{start}-{'' if stop is None else stop}")
+        return found
+
 
 @dataclass(frozen=True)
 class StepWindow:

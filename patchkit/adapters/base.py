@@ -1,0 +1,83 @@
+"""What the mechanism asks of a library's adapter."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+
+from patchkit.context import AttentionCall, Grid, Span
+from patchkit.journal import Journal
+from patchkit.sites import Site
+from patchkit.tracker import Frame, GridRule
+
+
+class Adapter(abc.ABC):
+    """One loaded pipeline or model, seen through what is common to all of them."""
+
+    family: str
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.outer = target
+
+    def within(self, outer: Any) -> Adapter:
+        """The user holds ``outer``, a wrapper around the target."""
+        self.outer = outer
+        return self
+
+    @property
+    def name(self) -> str:
+        """How messages call the target."""
+        return type(self.target).__name__
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether calls of the target are whole runs."""
+        return False
+
+    @abc.abstractmethod
+    def components(self) -> dict[str, torch.nn.Module]:
+        """The models that are called once per step (or per forward), by name, as their caller holds them."""
+
+    @abc.abstractmethod
+    def sites(self) -> list[Site]:
+        """Every attention module, in execution order, also those that cannot be patched."""
+
+    @abc.abstractmethod
+    def install(self, site: Site, journal: Journal, owner: object, slot: Any) -> None:
+        """Lead the op of ``site`` to its chain."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """The last patch has left."""
+
+    def grid_rules(self) -> dict[str, GridRule]:
+        """How to read the shape of the visual tokens from a component's inputs."""
+        return {}
+
+    def place(self, call: AttentionCall, frame: Frame) -> tuple[Grid | None, Span | None]:
+        """Grid and text span of one attention call."""
+        return None, None
+
+    def scheduler(self) -> Any:
+        """The object whose ``set_timesteps`` and ``step`` tell the time, or None."""
+        return None
+
+    def foreign(self) -> list[str]:
+        """What others have attached that a patch may meet."""
+        return []
+
+    def blockers(self) -> list[str]:
+        """What others have attached that no patch can work with."""
+        return []
+
+    def tokens(self) -> int | None:
+        """Sequence length at the model's default size, for predictions; None if it cannot be told."""
+        return None
+
+
+def unwrap(module: Any) -> Any:
+    """The module inside ``torch.compile``'s wrapper."""
+    return getattr(module, "_orig_mod", module)

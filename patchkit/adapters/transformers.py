@@ -1,0 +1,177 @@
+"""Transformers models.
+
+Their attention modules look the op up by name in their config, so a module is led to its chain by a copy of its
+config that names ours. The registry has no way to unregister, hence one fixed entry for good, which finds everything
+through the module; and a mask function of the same name, because without one padding would be ignored silently.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchkit.adapters.base import Adapter, unwrap
+from patchkit.context import AttentionCall, Grid, Span
+from patchkit.journal import Journal
+from patchkit.op import attend
+from patchkit.sites import Site, number_layers
+from patchkit.tracker import Frame
+
+NAME = "patchkit"
+_VISION = ("vision", "visual", "image_encoder", "vit.")
+
+
+class TransformersAdapter(Adapter):
+    """A ``PreTrainedModel``, or a transformers pipeline that holds one."""
+
+    family = "transformers"
+
+    def __init__(self, target: Any) -> None:
+        if not isinstance(target, torch.nn.Module) and isinstance(getattr(target, "model", None), torch.nn.Module):
+            target = target.model  # a transformers pipeline: its model is what runs
+        super().__init__(target)
+
+    def components(self) -> dict[str, torch.nn.Module]:
+        return {"model": self.outer}
+
+    def sites(self) -> list[Site]:
+        sites = []
+        names = [n for n, m in self.target.named_modules() if _is_attention(m)]
+        towers = any(n.startswith(v) or f".{v}" in n for n in names for v in _VISION)
+        for name in names:
+            module = self.target.get_submodule(name)
+            component = "model"
+            if towers:
+                component = "vision" if any(name.startswith(v) or f".{v}" in name for v in _VISION) else "text"
+            kind = "cross" if _is_cross(module) else "self"
+            sites.append(Site(component, name, module, kind, 0, _heads(module)))  # type: ignore[arg-type]
+        if {s.component for s in sites} == {"vision"}:
+            for site in sites:
+                site.component = "model"
+        number_layers(sites, _block)
+        return sites
+
+    def install(self, site: Site, journal: Journal, owner: object, slot: Any) -> None:
+        _register()
+        config = site.module.config
+        ours = copy.copy(config)
+        own = vars(ours)  # past the config's own __setattr__, which maps and validates names
+        own["_attn_implementation_internal"] = NAME
+        own["_patchkit_number"] = site.tensor
+        own["_patchkit_site"] = site
+        own["__deepcopy__"] = lambda memo: copy.deepcopy(config, memo)  # copies of the model are not patched
+        site.terminal = _terminal(site, _upstream(site.module, config._attn_implementation))
+        journal.set(owner, site.module, "config", ours)
+
+    def close(self) -> None:
+        """The registry entry stays: it does nothing for modules whose config does not name it."""
+
+    def place(self, call: AttentionCall, frame: Frame) -> tuple[Grid | None, Span | None]:
+        return None, None
+
+
+def _is_attention(module: torch.nn.Module) -> bool:
+    """An attention module that looks its op up in the registry, seen in its code."""
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return (
+        code is not None
+        and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+        and hasattr(getattr(module, "config", None), "_attn_implementation_internal")
+    )
+
+
+def _is_cross(module: torch.nn.Module) -> bool:
+    return "CrossAttention" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
+
+
+def _heads(module: torch.nn.Module) -> int:
+    for holder in (module, module.config):
+        for name in ("num_heads", "num_attention_heads", "n_head"):
+            value = getattr(holder, name, None)
+            if isinstance(value, int):
+                return value
+    return 0
+
+
+def _block(name: str) -> str:
+    """The name up to and with its last number: ``model.layers.3.self_attn`` -> ``model.layers.3``."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1, -1, -1):
+        if parts[i].isdigit():
+            return ".".join(parts[: i + 1])
+    return name
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _upstream(module: torch.nn.Module, implementation: str) -> Callable[..., Any]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    home = sys.modules[type(module).__module__]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, getattr(home, "eager_attention_forward", None))
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered function. q (B, H, N, D), k and v (B, Hkv, N, D) -> (B, N, H, D) and weights or None."""
+    config: Any = module.config
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    if torch.compiler.is_compiling():
+        window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+        out = attend(
+            query, key, value, attention_mask, config._patchkit_number, 0, scaling, causal, False, dropout, window,
+            softcap,
+        )
+        return out, None
+    extra = {"dropout": dropout, "is_causal": is_causal, "causal": causal, "kwargs": kwargs}
+    site: Site = config._patchkit_site
+    out = site.run(query, key, value, attention_mask, scaling, causal, 0, extra)
+    return out.transpose(1, 2), extra.get("weights")
+
+
+def _terminal(site: Site, upstream: Callable[..., Any]) -> Callable[[AttentionCall], Tensor]:
+    def model_op(call: AttentionCall) -> Tensor:
+        extra = call.extra
+        kwargs = dict(extra.get("kwargs", ()))
+        if extra.get("compiled"):
+            kwargs.update({name: extra[name] for name in ("sliding_window", "softcap") if name in extra})
+        unchanged = call.causal == extra.get("causal")
+        out, call.weights = upstream(
+            site.module,
+            call.q,
+            call.k,
+            call.v,
+            call.mask,
+            dropout=extra.get("dropout", 0.0),
+            scaling=call.scale,
+            is_causal=extra.get("is_causal") if unchanged else call.causal,
+            **kwargs,
+        )
+        return out.transpose(1, 2)
+
+    return model_op
+
+

@@ -1,0 +1,98 @@
+"""Override methods of one *instance*: it gets a subclass of its own that nobody else sees.
+
+``isinstance`` holds, ``forward`` and the state dict are untouched (so offloading and compiling keep working), the
+class keeps its name (so ``save_pretrained`` writes the original one), and setting ``__class__`` back restores it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from patchkit.errors import PatchkitError
+from patchkit.journal import Journal
+
+MARK = "__patchkit__"
+
+
+def mark_of(obj: Any) -> Any:
+    """What was put on the subclass of ``obj`` as its mark; None for an object that is not overridden."""
+    return getattr(type(obj), MARK, None)
+
+
+def original_class(obj: Any) -> type:
+    """The class that ``obj`` had before it was overridden."""
+    return type(obj).__mro__[1] if mark_of(obj) is not None else type(obj)
+
+
+def override(journal: Journal, owner: object, obj: Any, methods: dict[str, Callable[..., Any]], mark: Any) -> None:
+    """Give ``obj`` a subclass in which ``methods`` stand before its own; ``mark`` is found again by :func:`mark_of`."""
+    original = type(obj)
+    journal.set(owner, obj, "__class__", subclass(original, methods, mark))
+
+
+def subclass(original: type, methods: dict[str, Callable[..., Any]], mark: Any) -> type:
+    """A subclass of ``original`` that looks like it and whose copies are plain ``original`` again."""
+    body: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__deepcopy__": _deepcopy,
+        "__copy__": _copy,
+        "__reduce_ex__": _refuse_pickle,
+        MARK: mark,
+    }
+    for name, method in methods.items():
+        inherited = getattr(original, name)
+        body[name] = functools.wraps(inherited)(method)
+    return type(original)(original.__name__, (original,), body)
+
+
+def _parts(obj: Any) -> tuple[Any, tuple[Any, ...], Any]:
+    original = type(obj).__mro__[1]
+    # asking the original class: our own __reduce_ex__ refuses
+    func, args, *rest = original.__reduce_ex__(obj, 4)  # type: ignore[operator]
+    args = tuple(original if a is type(obj) else a for a in args)
+    func = original if func is type(obj) else func
+    state = rest[0] if rest else None
+    if isinstance(state, dict):  # what a patch hung on the instance stays behind
+        state = {name: value for name, value in state.items() if not name.startswith("_patchkit_")}
+    return func, args, state
+
+
+def _rebuild(func: Any, args: tuple[Any, ...], state: Any) -> Any:
+    new = func(*args)
+    if state is not None:
+        if hasattr(new, "__setstate__"):
+            new.__setstate__(state)
+        else:
+            new.__dict__.update(state)
+    return new
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    func, args, state = _parts(self)
+    if len(args) == 1 and isinstance(args[0], type):  # the usual case: make it first, so that cycles find it
+        new = func(*args)
+        memo[id(self)] = new
+        state = copy.deepcopy(state, memo)
+        if hasattr(new, "__setstate__"):
+            new.__setstate__(state)
+        elif state is not None:
+            new.__dict__.update(state)
+        return new
+    return _rebuild(func, copy.deepcopy(args, memo), copy.deepcopy(state, memo))
+
+
+def _copy(self: Any) -> Any:
+    func, args, state = _parts(self)
+    return _rebuild(func, args, dict(state) if isinstance(state, dict) else state)
+
+
+def _refuse_pickle(self: Any, protocol: Any) -> Any:
+    raise PatchkitError(
+        f"a patched {type(self).__name__} cannot be pickled",
+        remedy="call patch.remove() first, or write it with save_pretrained, which works while patched",
+    )

@@ -1,0 +1,183 @@
+"""What a recipe is: a frozen dataclass of options that wraps up to three calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor
+
+from patchkit.errors import InvalidOption, nearest
+from patchkit.selection import Indices, StepWindow
+
+if TYPE_CHECKING:
+    from patchkit.context import AttentionCall, DenoiseCall, RunCall
+    from patchkit.sites import Site
+
+Effect = Literal["replaces", "adjusts"]
+R = TypeVar("R", bound="type[Recipe]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Base of all recipes. Subclass it with a frozen dataclass whose fields are the method's options.
+
+    Override any of :meth:`attend`, :meth:`denoise` and :meth:`run`. Each gets a context object and ``next``, the rest
+    of the chain, and may change the inputs, call ``next`` once, many times or never, and change the result. A method
+    that is not overridden costs nothing.
+
+    The fields below are common to all recipes and say where and when it works.
+
+    Args:
+        layers: block numbers in execution order, for instance ``"0,5-10,-1"`` or ``"5-"``; None = all.
+        heads: head numbers, same grammar; only recipes that work per head use it.
+        steps: when: ``(start, stop)`` as fractions of the run (floats) or step numbers (ints); None = always.
+        targets: peft's grammar over module names: a list of name endings, or one regular expression for the full name.
+        exclude: same grammar; wins over ``targets``.
+    """
+
+    layers: str | int | list[int] | None = None
+    heads: str | int | list[int] | None = None
+    steps: tuple[int | float, int | float] | None = None
+    targets: str | list[str] | None = None
+    exclude: str | list[str] | None = None
+
+    name: ClassVar[str] = ""  # set by @recipe
+    summary: ClassVar[str] = ""  # one line
+    paper: ClassVar[str] = ""  # title and arXiv id
+    effect: ClassVar[Effect] = "adjusts"  # "replaces": computes the op itself; two of those cannot share a site
+    kinds: ClassVar[tuple[str, ...]] = ("self", "cross", "joint")  # attention kinds it can work on
+    families: ClassVar[tuple[str, ...]] = ("diffusers", "transformers")
+    models: ClassVar[tuple[str, ...]] = ()  # pipelines it is tested on, by adapter name; () = no promise
+    before: ClassVar[tuple[str, ...]] = ()  # stands outside these recipes
+    after: ClassVar[tuple[str, ...]] = ()  # stands inside these
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    arguments: ClassVar[dict[str, str]] = {}  # extra arguments of pipe(...), name -> what it is
+    uses_heads: ClassVar[bool] = False  # whether the option `heads` means anything to it
+
+    def __post_init__(self) -> None:
+        for name, adapter in _adapters(type(self)).items():
+            object.__setattr__(self, name, _checked(type(self), name, adapter, getattr(self, name)))
+        where = f"recipe {self.name or type(self).__name__!r}"
+        for name in ("layers", "heads"):
+            Indices.parse(getattr(self, name), f"{where}, option {name!r}")
+        StepWindow.parse(self.steps, f"{where}, option 'steps'")
+        if self.heads is not None and not self.uses_heads:
+            raise InvalidOption("this recipe does not work per head", f"{where}, option 'heads'", "leave it out")
+        self.validate()
+
+    # --- for the author of a recipe to override ---------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Check options against each other. Types and ranges are checked before; raise :class:`InvalidOption`."""
+
+    def accepts(self, site: Site) -> str | None:
+        """Why this site cannot be patched, or None if it can. Called once per selected site, at apply."""
+        return None
+
+    def prepare(self, target: Any, sites: list[Site]) -> None:
+        """Look at the model before anything is changed; raise if the recipe cannot work on it."""
+
+    def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:  # noqa: A002
+        """Stand around one attention op. Returns (B, H, Nq, D)."""
+        raise NotImplementedError  # never installed unless overridden
+
+    def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:  # noqa: A002
+        """Stand around one denoiser forward. Returns what the denoiser returns."""
+        raise NotImplementedError
+
+    def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:  # noqa: A002
+        """Stand around one pipeline call. Returns what the pipeline returns."""
+        raise NotImplementedError
+
+    def attention_cost(self, tokens: int, total: int) -> float:
+        """Predicted attention FLOPs as a share of dense ones, over ``total`` steps at ``tokens`` tokens."""
+        return 1.0
+
+    # --- for everybody ----------------------------------------------------------------------------------------
+
+    def wraps(self, level: str) -> bool:
+        """Whether this recipe overrides ``level`` (``"attend"``, ``"denoise"`` or ``"run"``)."""
+        return getattr(type(self), level) is not getattr(Recipe, level)
+
+    def options(self, *, defaults: bool = False) -> dict[str, Any]:
+        """The options by name; without ``defaults`` only those that differ from their default."""
+        out = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            default = f.default if f.default is not dataclasses.MISSING else None
+            if f.default_factory is not dataclasses.MISSING:
+                default = f.default_factory()
+            if defaults or value != default:
+                out[f.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    @classmethod
+    def build(cls: type[R], options: dict[str, Any], where: str = "") -> R:  # type: ignore[valid-type,misc]
+        """Make a recipe from options, naming unknown ones with the nearest known option."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                place = where or f"recipe {cls.name!r}"
+                raise InvalidOption(f"recipe {cls.name!r} has no option {name!r}", place, nearest(str(name), known))
+        try:
+            return cls(**options)
+        except InvalidOption as error:
+            if where:
+                raise InvalidOption(error.what, f"{where}, {error.where}", error.remedy) from None
+            raise
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        """JSON schema of the options."""
+        properties = {}
+        for f in dataclasses.fields(cls):
+            entry = dict(_adapters(cls)[f.name].json_schema())
+            if f.default is not dataclasses.MISSING:
+                entry["default"] = list(f.default) if isinstance(f.default, tuple) else f.default
+            properties[f.name] = entry
+        return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+@functools.lru_cache(maxsize=None)
+def _adapters(cls: type[Recipe]) -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
+
+
+def _checked(cls: type[Recipe], name: str, adapter: Any, value: Any) -> Any:
+    from pydantic import ValidationError
+
+    where = f"recipe {cls.name or cls.__name__!r}, option {name!r}"
+    kinds = str(typing.get_type_hints(cls)[name])
+    if isinstance(value, bool) and "bool" not in kinds:  # pydantic would read True as 1
+        raise InvalidOption(f"{value} is not a value for {name!r}", where, f"give {_readable(kinds)}")
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        reasons = sorted({e["msg"][0].lower() + e["msg"][1:] for e in error.errors()}, key=len)
+        raise InvalidOption(
+            f"{value!r} is not a value for {name!r}", where, f"{reasons[0]} (takes {_readable(kinds)})"
+        ) from None
+
+
+def _readable(hint: str) -> str:
+    return hint.replace("typing.", "").replace("<class '", "").replace("'>", "").replace("NoneType", "None")
+
+
+def recipe(name: str) -> Callable[[R], R]:
+    """Register a recipe class under ``name``: ``@recipe("name")`` above ``@dataclass(frozen=True)``."""
+
+    def register(cls: R) -> R:
+        from patchkit.registry import add
+
+        cls.name = name
+        add(cls)
+        return cls
+
+    return register

@@ -1,0 +1,126 @@
+"""What a patch did in the last run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from patchkit.installation import Bound, Installation
+from patchkit.text import table
+
+
+@dataclass(frozen=True)
+class Report:
+    """Read it with :meth:`to_dict`, or print it. ``str`` gives a row a layer; per-head figures are in the dict."""
+
+    data: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        return self.data
+
+    def __getitem__(self, name: str) -> Any:
+        return self.data[name]
+
+    def __str__(self) -> str:
+        lines = [f"patch on {self.data['target']}" + ("" if self.data["enabled"] else " (disabled)")]
+        for recipe in self.data["recipes"]:
+            lines += ["", *_recipe_lines(recipe)]
+        lines += [f"attached by others: {what}" for what in self.data["foreign"]]
+        lines += [f"DRIFT: {what}" for what in self.data["drift"]]
+        return "\n".join(lines)
+
+
+def make_report(
+    installation: Installation, bounds: list[Bound], left: dict[str, dict[str, int]], enabled: bool
+) -> Report:
+    """Gather the ledgers of one patch."""
+    return Report(
+        {
+            "target": installation.adapter.name,
+            "enabled": enabled,
+            "recipes": [_recipe(b, left.get(b.recipe.name, {})) for b in bounds],
+            "foreign": installation.adapter.foreign(),
+            "drift": installation.drift(),
+        }
+    )
+
+
+def _recipe(bound: Bound, left: dict[str, int]) -> dict[str, Any]:
+    sites = {(s.component, s.name): s for s in bound.sites}
+    rows, counts, dense, seconds = [], Counter[str](), Counter[str](), Counter[str]()
+    for (component, name, branch, index), ledger in bound.ledgers.items():
+        entry = ledger.to_dict()
+        site = sites.get((component, name))
+        where = {"component": component, "site": name, "branch": branch, "index": index}
+        if site is not None:
+            where |= {"layer": site.layer, "kind": site.kind, "heads": site.heads}
+        rows.append(where | entry)
+        counts.update(entry["counts"])
+        dense.update(entry["dense"])
+        seconds.update(entry["seconds"])
+    return {
+        "recipe": bound.recipe.name,
+        "options": bound.recipe.options(defaults=True),
+        "sites": len(bound.sites),
+        "left": left,
+        "calls": sum(r["calls"] for r in rows),
+        "counts": dict(counts),
+        "dense": dict(dense),
+        "seconds": {name: round(value, 6) for name, value in seconds.items()},
+        "means": _means(rows),
+        "rows": rows,
+    }
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    gathered: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row["values"].items():
+            numbers = _flat(value)
+            if numbers:
+                gathered.setdefault(name, []).append(sum(numbers) / len(numbers))
+    return {name: sum(v) / len(v) for name, v in gathered.items()}
+
+
+def _flat(value: Any) -> list[float]:
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, int | float):
+        return [float(value)]
+    if isinstance(value, list):
+        return [x for v in value for x in _flat(v)]
+    return []
+
+
+def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
+    lines = [f"{recipe['recipe']}: {recipe['sites']} sites, {recipe['calls']} calls"]
+    lines += [f"  left unpatched: {count} x {reason}" for reason, count in recipe["left"].items()]
+    if not recipe["rows"]:
+        return [*lines, "  nothing ran yet"]
+    lines += [f"  {what}: {count}" for what, count in recipe["counts"].items()]
+    lines += [f"  ran dense: {count} x {reason}" for reason, count in recipe["dense"].items()]
+    lines += [f"  seconds in {what}: {value:.3f}" for what, value in recipe["seconds"].items()]
+    names = list(dict.fromkeys(n for r in recipe["rows"] for n, v in r["values"].items() if _flat(v)))
+    head = ("layer", "site", "branch", "calls", *names)
+    rows = [
+        (
+            str(r.get("layer", "")),
+            f"{r['component']}.{r['site']}" + (f"[{r['index']}]" if r["index"] else ""),
+            r["branch"],
+            str(r["calls"]),
+            *(_span(r["values"].get(n)) for n in names),
+        )
+        for r in recipe["rows"]
+    ]
+    return [*lines, table(head, rows)]
+
+
+def _span(value: Any) -> str:
+    numbers = _flat(value)
+    if not numbers:
+        return "-"
+    mean = sum(numbers) / len(numbers)
+    low, high = min(numbers), max(numbers)
+    return f"{mean:.3g}" if low == high else f"{mean:.3g} ({low:.3g} to {high:.3g})"

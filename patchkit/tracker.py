@@ -1,0 +1,230 @@
+"""Knows, at every attention call, where the run is: step, guidance branch, shape of the visual tokens.
+
+It listens to what every pipeline does: ``scheduler.set_timesteps`` and ``scheduler.step``, the denoiser being called,
+and ``cache_context`` where a pipeline names its guidance passes. One tracker serves all recipes on a pipeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from patchkit.context import AttentionCall, Grid, Moment, Span
+
+
+@dataclass
+class Frame:
+    """What is known while one denoiser call is running."""
+
+    component: str
+    moment: Moment
+    inputs: dict[str, Any] = field(default_factory=dict)
+    grid: Grid | None = None
+
+
+# (denoiser, its inputs by name) -> shape of its visual tokens
+GridRule = Callable[[torch.nn.Module, dict[str, Any]], Grid | None]
+# (site, op index, queries, keys, frame) -> (grid, where the text is)
+PlaceRule = Callable[[AttentionCall, Frame], tuple[Grid | None, Span | None]]
+
+
+class Tracker:
+    """The clock and map of one patched target.
+
+    Args:
+        target: the pipeline (a weak reference is kept), or a bare model.
+        grid_rules: per component.
+        place: finds grid and text span of one attention call.
+        on_reset: called when a new run begins, so that states can be cleared.
+    """
+
+    def __init__(
+        self, target: Any, grid_rules: dict[str, GridRule], place: PlaceRule, on_reset: Callable[[], None]
+    ) -> None:
+        self._target = weakref.ref(target)
+        self._grid_rules = grid_rules
+        self._place = place
+        self._on_reset = on_reset
+        self._signatures: dict[type, inspect.Signature] = {}
+        self._frames: list[Frame] = []
+        self._contexts: dict[str, str] = {}  # component -> name of the running cache_context
+        self.clocked = False  # whether a scheduler tells the steps
+        self._bare = _BareClock()
+        self.reset()
+
+    # --- the clock --------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """A new run begins."""
+        self.step: int | None = 0 if self.clocked else None
+        self.total: int | None = None
+        self._unnamed: Counter[str] = Counter()
+        self._batched: dict[str, bool] = {}
+        self._grids: dict[str, tuple[tuple[Any, ...], Grid | None]] = {}
+        self._bare = _BareClock()
+
+    def timesteps_set(self, count: int) -> None:
+        """The scheduler was given its timesteps."""
+        self.clocked = True
+        self.reset()
+        self.step, self.total = 0, count
+        self._on_reset()
+
+    def stepped(self) -> None:
+        """The scheduler made a step."""
+        self.step = (self.step or 0) + 1
+        self._unnamed.clear()
+
+    # --- denoiser calls ---------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def context(self, component: str, name: str) -> Iterator[None]:
+        """A pipeline named the guidance pass that follows."""
+        before = self._contexts.get(component)
+        self._contexts[component] = name
+        try:
+            yield
+        finally:
+            if before is None:
+                self._contexts.pop(component, None)
+            else:
+                self._contexts[component] = before
+
+    def inside(self, component: str) -> bool:
+        """Whether a call of this component is running already."""
+        return any(f.component == component for f in self._frames)
+
+    def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The denoiser's inputs by name."""
+        cls = type(module)
+        if cls not in self._signatures:
+            self._signatures[cls] = inspect.signature(cls.forward)
+        try:
+            return dict(self._signatures[cls].bind_partial(module, *args, **kwargs).arguments)
+        except TypeError:  # the call itself is wrong: the module will say so better than we can
+            return dict(kwargs)
+
+    def moment(self, component: str, inputs: dict[str, Any]) -> Moment:
+        """Step, total and branch of a denoiser call that is about to run."""
+        step, total = self.step, self.total
+        if not self.clocked:
+            step = self._bare.read(inputs)
+            if self._bare.restarted:
+                self._unnamed.clear()
+                self._batched.clear()
+                self._on_reset()
+        elif step == 0:
+            total = self.total = self._announced(total)
+        return Moment(step, total, self._branch(component, inputs))
+
+    def _announced(self, total: int | None) -> int | None:
+        """Image-to-image runs use a part of the timesteps; pipelines then announce how many."""
+        count = getattr(self._target(), "_num_timesteps", None)
+        return count if isinstance(count, int) and total and 0 < count < total else total
+
+    def _branch(self, component: str, inputs: dict[str, Any]) -> str:
+        name = self._contexts.get(component)
+        if name not in (None, "cond_uncond"):
+            return str(name)
+        if component not in self._batched:
+            self._batched[component] = self._is_batched(inputs)
+        base = "batched" if self._batched[component] else "single"
+        seen = self._unnamed[component]
+        self._unnamed[component] += 1
+        return base if seen == 0 or not self.clocked else f"{base}#{seen}"
+
+    def _is_batched(self, inputs: dict[str, Any]) -> bool:
+        """Whether one batch holds both guidance halves: the pipeline says so, or the latents are there twice."""
+        said = getattr(self._target(), "do_classifier_free_guidance", None)
+        latents = inputs.get("hidden_states", inputs.get("sample"))
+        if not isinstance(latents, torch.Tensor) or latents.shape[0] % 2 or latents.is_meta:
+            return False
+        if isinstance(said, bool):
+            return said
+        half = latents.shape[0] // 2
+        return bool(torch.equal(latents[:half], latents[half:]))
+
+    def language_moment(self, inputs: dict[str, Any]) -> tuple[bool, Moment]:
+        """Whether a language model's forward begins a new sequence, and its step: 0 for that, then one a call."""
+        cache = inputs.get("past_key_values")
+        seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        fresh = not isinstance(seen, int) or seen == 0
+        self.step = 0 if fresh or self.step is None else self.step + 1
+        return fresh, Moment(self.step, None)
+
+    @contextlib.contextmanager
+    def frames(
+        self, components: tuple[str, ...], moment: Moment, module: torch.nn.Module, inputs: dict[str, Any]
+    ) -> Iterator[None]:
+        """While the denoiser (or model) runs."""
+        frames = [Frame(c, moment, inputs, self._grid(c, module, inputs)) for c in components]
+        self._frames.extend(frames)
+        try:
+            yield
+        finally:
+            del self._frames[-len(frames) :]
+
+    def _grid(self, component: str, module: torch.nn.Module, inputs: dict[str, Any]) -> Grid | None:
+        rule = self._grid_rules.get(component)
+        if rule is None:
+            return None
+        # some grids are read off tensors on the device: once per run, not once per call
+        key = tuple(
+            (name, id(value), tuple(value.shape))
+            for name, value in sorted(inputs.items())
+            if isinstance(value, torch.Tensor) and name in ("img_ids",)
+        )
+        known = self._grids.get(component)
+        if key and known and known[0] == key:
+            return known[1]
+        grid = rule(module, inputs)
+        self._grids[component] = (key, grid)
+        return grid
+
+    # --- attention calls --------------------------------------------------------------------------------------
+
+    def fill(self, call: AttentionCall) -> None:
+        """Tell an attention call where it is."""
+        for frame in reversed(self._frames):
+            if frame.component == call.site.component:
+                call.moment = frame.moment
+                call.grid, call.text = self._place(call, frame)
+                return
+        call.moment = Moment(self.step, self.total)
+
+
+class _BareClock:
+    """Counts steps of a bare denoiser by its ``timestep``: a new value is a new step, a jump back a new run."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.last: float | None = None
+        self.direction = 0.0
+        self.restarted = False
+
+    def read(self, inputs: dict[str, Any]) -> int | None:
+        self.restarted = False
+        value = inputs.get("timestep")
+        if isinstance(value, torch.Tensor):
+            value = float(value.detach().float().max()) if value.numel() else None
+        if value is None:
+            return None
+        value = float(value)
+        if self.last is None:
+            self.step, self.restarted = 0, True
+        elif value != self.last:
+            change = value - self.last
+            if self.direction and change * self.direction < 0:
+                self.step, self.direction, self.restarted = 0, 0.0, True
+            else:
+                self.direction = change
+                self.step = (self.step or 0) + 1
+        self.last = value
+        return self.step
