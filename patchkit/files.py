@@ -6,56 +6,29 @@ field, what is wrong and what to do. Paths in a file are relative to the current
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from patchkit import registry
+import yaml
+
+from patchkit import filefields, registry
 from patchkit.errors import InvalidOption, RecipeFileError, nearest
-from patchkit.recipe import Recipe
-from patchkit.yamlread import Document, Keys, read_file
+from patchkit.filefields import ModelSpec, Output
+from patchkit.recipe_base import Recipe
+from patchkit.yamlread import Document, Keys, read_file, read_text, scalar
 
 VERSION = 1
 FIELDS = ("version", "model", "recipes", "inputs", "output", "compare")
-MODEL_FIELDS = ("id", "dtype", "device", "offload", "revision", "variant")
-DTYPES = ("auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")  # as diffusers-cli
-OFFLOADS = ("none", "model", "sequential")
-VIDEO_SUFFIXES = (".mp4", ".gif")
-SUFFIXES = (*VIDEO_SUFFIXES, ".png", ".txt", ".json")
-MAX_SEED = 2**63 - 1
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu)(:\d+)?")
 _OPTION = re.compile(r"option '(\w+)'")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Which model, and how to load it; the fields are diffusers' own options.
-
-    Args:
-        id: ``zoo/NAME``, a local folder, or a hub id such as ``owner/name``.
-        dtype: one of :data:`DTYPES`; None = what the library takes.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None = the accelerator if there is one, else the CPU.
-        offload: ``none``, ``model`` or ``sequential`` (weights wait on the CPU until they are needed).
-        revision: branch, tag or commit of a hub model.
-        variant: weight variant, such as ``fp16``.
-    """
-
-    id: str
-    dtype: str | None = None
-    device: str | None = None
-    offload: str = "none"
-    revision: str | None = None
-    variant: str | None = None
-
-    @property
-    def zoo(self) -> str | None:
-        """The zoo name without ``zoo/``, or None."""
-        return self.id[4:] if self.id.startswith("zoo/") else None
 
 
 @dataclass(frozen=True)
@@ -69,7 +42,7 @@ class RecipeFile:
     recipes: tuple[Recipe, ...]
     model: ModelSpec | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    output: Path | None = None
+    output: Output | None = None
     compare: bool = False
     source: str = ""
     document: Document | None = field(default=None, repr=False, compare=False)
@@ -107,9 +80,9 @@ def parse(document: Document) -> RecipeFile:
     data = document.data
     if not isinstance(data, dict):
         raise RecipeFileError(
-            f"a recipe file is a mapping, this is {_kind(data)}", document.where(), "start with `version: 1`"
+            f"a recipe file is a mapping, this is {filefields.kind(data)}", document.where(), "start with `version: 1`"
         )
-    _known_keys(document, (), FIELDS)
+    filefields.known_keys(document, (), FIELDS)
     if "version" not in data:
         raise RecipeFileError("the version is missing", document.where(("version",)), f"add `version: {VERSION}`")
     if data["version"] != VERSION or isinstance(data["version"], bool | float):
@@ -120,10 +93,10 @@ def parse(document: Document) -> RecipeFile:
         )
     return RecipeFile(
         recipes=_recipes(document),
-        model=_model(document) if data.get("model") is not None else None,
-        inputs=_inputs(document),
-        output=_output(document),
-        compare=_compare(document),
+        model=filefields.model(document) if data.get("model") is not None else None,
+        inputs=filefields.inputs(document),
+        output=filefields.output(document),
+        compare=filefields.compare(document),
         source=document.source,
         document=document,
     )
@@ -132,12 +105,12 @@ def parse(document: Document) -> RecipeFile:
 def _recipes(document: Document) -> tuple[Recipe, ...]:
     data = document.data
     entries = data.get("recipes")
-    if isinstance(entries, str):
-        entries = data["recipes"] = [entries]
     if not isinstance(entries, list) or not entries:
-        what = "the list of recipes is missing" if entries is None else f"recipes is {_kind(entries)}"
+        what = "the list of recipes is missing" if entries is None else f"recipes is {filefields.kind(entries)}"
         what = "the list of recipes is empty" if entries == [] else what
-        raise RecipeFileError(what, document.where(("recipes",)), "write a list: `recipes: [adaspa]`; see `patchkit list`")
+        raise RecipeFileError(
+            what, document.where(("recipes",)), "write a list: `recipes: [adaspa]`; see `patchkit list`"
+        )
     out: list[Recipe] = []
     for i, entry in enumerate(entries):
         name, options = _entry(document, ("recipes", i), entry)
@@ -154,7 +127,7 @@ def _entry(document: Document, path: Keys, entry: Any) -> tuple[str, dict[str, A
     if isinstance(entry, str):
         return entry, {}
     if not isinstance(entry, dict) or len(entry) != 1:
-        what = f"a mapping of {len(entry)} recipes" if isinstance(entry, dict) else _kind(entry)
+        what = f"a mapping of {len(entry)} recipes" if isinstance(entry, dict) else filefields.kind(entry)
         raise RecipeFileError(
             f"an entry is a recipe's name or `name: {{options}}`, this is {what}",
             document.where(path),
@@ -163,7 +136,7 @@ def _entry(document: Document, path: Keys, entry: Any) -> tuple[str, dict[str, A
     ((name, options),) = entry.items()
     if options is not None and not isinstance(options, dict):
         raise RecipeFileError(
-            f"the options of {name!r} are {_kind(options)}",
+            f"the options of {name!r} are {filefields.kind(options)}",
             document.where((*path, name)),
             f"write a mapping: `{name}: {{option: value}}`",
         )
@@ -189,171 +162,112 @@ def _build(document: Document, path: Keys, name: str, options: dict[str, Any]) -
         raise RecipeFileError(error.what, where, remedy) from None
 
 
-def _model(document: Document) -> ModelSpec:
-    data = document.data["model"]
-    if isinstance(data, str):
-        return ModelSpec(_model_id(document, ("model",), data))
-    if not isinstance(data, dict):
-        raise RecipeFileError(
-            f"model is {_kind(data)}",
-            document.where(("model",)),
-            "give zoo/NAME, a folder, a hub id, or `{id: ..., dtype: ...}`",
-        )
-    _known_keys(document, ("model",), MODEL_FIELDS)
-    for name, value in data.items():
-        if value is not None and not isinstance(value, str):
-            hint = f'write it as text: `{name}: "{value}"`' if isinstance(value, int | float) else "give text"
-            raise RecipeFileError(f"{name} is {_kind(value)}", document.where(("model", name)), hint)
-    if not data.get("id"):
-        raise RecipeFileError(
-            "the model's id is missing", document.where(("model", "id")), "add `id: zoo/video`, a folder or a hub id"
-        )
-    _one_of(document, ("model", "dtype"), DTYPES)
-    _one_of(document, ("model", "offload"), OFFLOADS)
-    device = data.get("device")
-    if device is not None and not _DEVICE.fullmatch(device):
-        raise RecipeFileError(
-            f"{device!r} is no device", document.where(("model", "device")), "give cpu, cuda, cuda:1 or mps"
-        )
-    chosen = {name: value for name, value in data.items() if value is not None}
-    return ModelSpec(**{**chosen, "id": _model_id(document, ("model", "id"), data["id"])})
+class _Dumper(yaml.SafeDumper):
+    """Quotes what our reader, or a YAML 1.1 reader, would not take as text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # the same list given twice must be written twice: references are not allowed
 
 
-def _model_id(document: Document, path: Keys, name: str) -> str:
-    if name == "zoo" or name.startswith("zoo/"):
-        from patchkit import zoo
-
-        if name[4:] not in zoo.names():
-            known = [f"zoo/{n}" for n in zoo.names()]
-            raise RecipeFileError(f"there is no zoo model {name!r}", document.where(path), nearest(name, known))
-        return name
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not any((folder / index).is_file() for index in ("model_index.json", "config.json")):
-            raise RecipeFileError(
-                f"the folder {name} holds no saved model",
-                document.where(path),
-                "give a folder with a model_index.json (diffusers) or config.json (transformers)",
-            )
-        return str(folder)
-    if folder.is_file():
-        raise RecipeFileError(
-            f"{name} is a file", document.where(path), "give the folder that save_pretrained wrote, or a hub id"
-        )
-    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise RecipeFileError(
-            f"{name!r} is neither a zoo model, nor a folder that exists, nor a hub id",
-            document.where(path),
-            "give zoo/video, ./folder or owner/name",
-        )
-    return name
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    style = '"' if "\n" in value or not isinstance(scalar(value), str) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
-def _inputs(document: Document) -> dict[str, Any]:
-    inputs = document.data.get("inputs")
-    if inputs is None:
-        return {}
-    if not isinstance(inputs, dict):
-        raise RecipeFileError(
-            f"inputs is {_kind(inputs)}", document.where(("inputs",)), 'write a mapping: `inputs: {prompt: "..."}`'
-        )
-    for name, value in inputs.items():
-        check = INPUTS.get(name)
-        if check and value is not None and not check.holds(value):
-            raise RecipeFileError(
-                f"{name} is {value!r}" if isinstance(value, str | int | float) else f"{name} is {_kind(value)}",
-                document.where(("inputs", name)),
-                f"give {check.wanted}",
-            )
-    return {name: value for name, value in inputs.items() if value is not None}
+_Dumper.add_representer(str, _text)
 
 
-@dataclass(frozen=True)
-class _Check:
-    wanted: str
-    holds: Callable[[Any], bool]
-    schema: Mapping[str, Any]
+def dump(
+    recipes: Sequence[Recipe],
+    *,
+    model: ModelSpec | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    output: str | None = None,
+    compare: bool = False,
+    comment: str = "",
+) -> str:
+    """A recipe file as text; :func:`parse` of it gives the same recipes. ``comment`` becomes its first lines."""
+    data: dict[str, Any] = {"version": VERSION}
+    if model is not None:
+        fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+        extra = {n: v for n, v in fields.items() if n != "id" and v is not None and (n, v) != ("offload", "none")}
+        data["model"] = {"id": model.id, **extra} if extra else model.id
+    entries = [(r.name, _plain(r.options())) for r in recipes]
+    data["recipes"] = [{name: options} if options else name for name, options in entries]
+    if inputs:
+        data["inputs"] = _plain(dict(inputs))
+    if output:
+        data["output"] = output
+    if compare:
+        data["compare"] = "dense"
+    header = "".join(f"# {line}\n" if line else "#\n" for line in comment.splitlines())
+    return header + yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _integer(low: int, high: int | None = None) -> _Check:
-    top = f" to {high}" if high else " or more"
-    schema = {"type": "integer", "minimum": low} | ({"maximum": high} if high else {})
-    return _Check(
-        f"a whole number, {low}{top}",
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v and (high is None or v <= high),
-        schema,
+def load_recipes(path: str | Path) -> list[Recipe]:
+    """The recipes of a recipe file."""
+    return list(load(path).recipes)
+
+
+def save_recipes(recipes: Sequence[Recipe], path: str | Path, **fields: Any) -> Path:
+    """Write :func:`dump`'s text to ``path``, whole or not at all."""
+    path = Path(path).expanduser()
+    comment = (
+        "Written by patchkit. Apply it with patchkit.apply(pipe, path), or add `model:`, `inputs:` and `output:`\n"
     )
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value))
-
-
-_TEXT = _Check(
-    "text in quotes, or a list of texts",
-    _text,
-    {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
-)
-_NUMBER = _Check("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool), {"type": "number"})
-# Everything else goes to pipe(...) as it is and is checked against the pipeline's own signature.
-INPUTS: dict[str, _Check] = {
-    "prompt": _TEXT,
-    "negative_prompt": _TEXT,
-    "num_inference_steps": _integer(1),
-    "seed": _integer(0, MAX_SEED),
-    "height": _integer(1),
-    "width": _integer(1),
-    "num_frames": _integer(1),
-    "guidance_scale": _NUMBER,
-}
-
-
-def _output(document: Document) -> Path | None:
-    output = document.data.get("output")
-    if output is None:
-        return None
-    where = document.where(("output",))
-    if not isinstance(output, str) or not output.strip() or "\0" in output:
-        raise RecipeFileError(f"output is {_kind(output)}", where, "give a path, for instance `out/result.mp4`")
-    path = Path(output).expanduser()
-    folder = output.endswith(("/", os.sep)) or path.is_dir() or not path.suffix
-    if not folder and path.suffix.lower() not in SUFFIXES:
+    text = dump(recipes, **{"comment": comment + "and run it with `patchkit run`.", **fields})
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
         raise RecipeFileError(
-            f"cannot write {path.suffix} files", where, f"end with one of {', '.join(SUFFIXES)}, or with / for a folder"
-        )
-    return path if not folder else Path(f"{path}") / ""
+            f"cannot write the recipe file: {error.strerror or error}", str(path), "choose a folder you can write to"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return path
 
 
-def _compare(document: Document) -> bool:
-    value = document.data.get("compare")
-    if value is None or value is False:
-        return False
-    if value != "dense":
+def _plain(value: Any) -> Any:
+    """Options as YAML knows them."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    return str(value) if isinstance(value, Path) else value
+
+
+def examples() -> dict[str, str]:
+    """The recipe files that come with patchkit, name -> text. A recipe's own example bears the recipe's name."""
+    folder = resources.files("patchkit.recipes") / "examples"
+    if not folder.is_dir():
+        return {}
+    found = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in sorted(found, key=str)}
+
+
+def locate(name: str) -> Document:
+    """The document behind what a user typed: a path to a recipe file, or the name of a recipe or shipped example."""
+    if Path(name).expanduser().exists() or name.endswith((".yaml", ".yml")) or "/" in name or os.sep in name:
+        return read_file(name)
+    shipped = examples()
+    if name in shipped:
+        return read_text(shipped[name], f"example {name}.yaml")
+    longer = [n for n in shipped if n.startswith((f"{name}-", f"{name}_"))]
+    if longer:
+        return read_text(shipped[longer[0]], f"example {longer[0]}.yaml")
+    if name in registry.all_recipes():
         raise RecipeFileError(
-            f"cannot compare with {value!r}",
-            document.where(("compare",)),
-            "write `compare: dense` or leave it out; two recipes are compared by `patchkit compare A B`",
+            f"recipe {name!r} comes without an example",
+            name,
+            "write a recipe file for it; `patchkit info` lists its options",
         )
-    return True
-
-
-def _one_of(document: Document, path: Keys, known: Sequence[str]) -> None:
-    value = document.data[path[0]].get(path[1])
-    if value is not None and value not in known:
-        raise RecipeFileError(f"{value!r} is no {path[1]}", document.where(path), nearest(value, known))
-
-
-def _known_keys(document: Document, path: Keys, known: Sequence[str]) -> None:
-    here = document.data
-    for part in path:
-        here = here[part]
-    for key in here:
-        if key not in known:
-            raise RecipeFileError(f"there is no field {key!r}", document.where((*path, key)), nearest(key, known))
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "empty"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
-    return names.get(type(value), type(value).__name__)
+    raise RecipeFileError(
+        f"there is neither a file nor a recipe {name!r}", "", nearest(name, {*shipped, *registry.all_recipes()})
+    )

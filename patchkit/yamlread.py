@@ -84,7 +84,8 @@ def read_file(path: str | Path) -> Document:
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeFileError(f"there is no file {name}", name, "check the path; it is relative to the current folder")
+        remedy = "check the path; it is relative to the current folder"
+        raise RecipeFileError(f"there is no file {name}", name, remedy) from None
     except OSError as error:
         raise RecipeFileError(f"cannot read {name}: {error.strerror or error}", name, "check its permissions") from None
     if len(raw) > MAX_BYTES:
