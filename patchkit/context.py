@@ -72,7 +72,9 @@ class AttentionCall:
         site: which attention module.
         index: which op call of that module (Mochi calls once per sample, image-to-video cross-attention twice).
         grid: shape of the visual tokens, None if unknown or without meaning here.
-        text: where the text tokens are in the joint sequence (None: no text in this sequence, or unknown).
+        text: where the text tokens are: in the joint sequence, or among the keys of a cross-attention (None: no text
+            here, or unknown).
+        visual: (B, Nk) bool, True = a visual token, in the decoder of a vision-language model; None elsewhere.
         moment: step, total and guidance branch.
         state: what this recipe keeps for (component, site, branch, index) until the run ends.
         ledger: where the recipe writes what it did, for the report.
@@ -88,6 +90,7 @@ class AttentionCall:
     index: int = 0
     grid: Grid | None = None
     text: Span | None = None
+    visual: Tensor | None = None
     moment: Moment = field(default_factory=Moment)
     state: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger = None  # type: ignore[assignment]  # set before any recipe sees the call

@@ -35,9 +35,13 @@ def _load() -> None:
     if _loaded:
         return
     _loaded = True  # before the imports: a recipe module may ask for the registry
-    package = importlib.import_module("patchkit.recipes")
-    for module in pkgutil.iter_modules(package.__path__, "patchkit.recipes."):
-        importlib.import_module(module.name)
+    try:
+        package = importlib.import_module("patchkit.recipes")
+        for module in pkgutil.iter_modules(package.__path__, "patchkit.recipes."):
+            importlib.import_module(module.name)
+    except BaseException:
+        _loaded = False  # half a registry must not pass for the whole one at the next call
+        raise
     for point in entry_points(group=GROUP):
         try:
             point.load()

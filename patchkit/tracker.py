@@ -27,12 +27,13 @@ class Frame:
     moment: Moment
     inputs: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None
+    ops: Counter[int] = field(default_factory=Counter)  # op calls so far by site, where nothing else counts them
 
 
 # (denoiser, its inputs by name) -> shape of its visual tokens
 GridRule = Callable[[torch.nn.Module, dict[str, Any]], Grid | None]
-# (site, op index, queries, keys, frame) -> (grid, where the text is)
-PlaceRule = Callable[[AttentionCall, Frame], tuple[Grid | None, Span | None]]
+# fills in grid, text span and the like; the dictionary lasts until the run ends
+PlaceRule = Callable[[AttentionCall, "Frame", dict[str, Any]], None]
 
 
 class Tracker:
@@ -68,6 +69,7 @@ class Tracker:
         self._unnamed: Counter[str] = Counter()
         self._batched: dict[str, bool] = {}
         self._grids: dict[str, tuple[tuple[Any, ...], Grid | None]] = {}
+        self.memory: dict[str, Any] = {}  # what an adapter wants to remember until the run ends
         self._bare = _BareClock()
 
     def timesteps_set(self, count: int) -> None:
@@ -157,6 +159,8 @@ class Tracker:
         seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         fresh = not isinstance(seen, int) or seen == 0
         self.step = 0 if fresh or self.step is None else self.step + 1
+        if fresh:
+            self.memory.clear()
         return fresh, Moment(self.step, None)
 
     @contextlib.contextmanager
@@ -195,7 +199,7 @@ class Tracker:
         for frame in reversed(self._frames):
             if frame.component == call.site.component:
                 call.moment = frame.moment
-                call.grid, call.text = self._place(call, frame)
+                self._place(call, frame, self.memory)
                 return
         call.moment = Moment(self.step, self.total)
 

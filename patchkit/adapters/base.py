@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from patchkit.context import AttentionCall, Grid, Span
+from patchkit.context import AttentionCall
 from patchkit.journal import Journal
 from patchkit.sites import Site
 from patchkit.tracker import Frame, GridRule
@@ -57,9 +57,9 @@ class Adapter(abc.ABC):
         """How to read the shape of the visual tokens from a component's inputs."""
         return {}
 
-    def place(self, call: AttentionCall, frame: Frame) -> tuple[Grid | None, Span | None]:
-        """Grid and text span of one attention call."""
-        return None, None
+    @abc.abstractmethod
+    def place(self, call: AttentionCall, frame: Frame, memory: dict[str, Any]) -> None:
+        """Fill in grid, text span and the like of one attention call; ``memory`` lasts until the run ends."""
 
     def scheduler(self) -> Any:
         """The object whose ``set_timesteps`` and ``step`` tell the time, or None."""

@@ -73,19 +73,19 @@ class DiffusersAdapter(Adapter):
             if (facts := _class_name(unwrap(module))) in DENOISERS
         }
 
-    def place(self, call: AttentionCall, frame: Frame) -> tuple[Grid | None, Span | None]:
+    def place(self, call: AttentionCall, frame: Frame, memory: dict[str, Any]) -> None:
         site, grid = call.site, frame.grid
         queries, keys = call.q.shape[2], call.k.shape[2]
         if grid is not None and "sample" in frame.inputs:
             grid = _level(grid, queries)
         if site.kind == "cross":
-            return grid, Span(0, keys) if call.index == _text_call(site) else None
-        if site.kind == "self" or grid is None:
-            return grid, None
-        text = queries - grid.tokens
-        if text < 0 or queries != keys:
-            return None, None
-        return grid, Span(0, text) if site.text_side == "first" else Span(grid.tokens, queries)
+            call.text = Span(0, keys) if call.index == _text_call(site) else None
+        elif site.kind == "joint" and grid is not None:
+            text = queries - grid.tokens
+            if text < 0 or queries != keys:
+                return  # not the sequence that the table speaks of
+            call.text = Span(0, text) if site.text_side == "first" else Span(grid.tokens, queries)
+        call.grid = grid
 
     def scheduler(self) -> Any:
         return getattr(self.target, "scheduler", None) if self._pipeline else None

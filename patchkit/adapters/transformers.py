@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchkit.adapters.base import Adapter, unwrap
-from patchkit.context import AttentionCall, Grid, Span
+from patchkit.adapters.base import Adapter
+from patchkit.context import AttentionCall, Grid
 from patchkit.journal import Journal
 from patchkit.op import attend
 from patchkit.sites import Site, number_layers
@@ -72,8 +72,41 @@ class TransformersAdapter(Adapter):
     def close(self) -> None:
         """The registry entry stays: it does nothing for modules whose config does not name it."""
 
-    def place(self, call: AttentionCall, frame: Frame) -> tuple[Grid | None, Span | None]:
-        return None, None
+    def place(self, call: AttentionCall, frame: Frame, memory: dict[str, Any]) -> None:
+        site = call.site
+        call.index = frame.ops[site.number]  # vision towers call the op once an image, or once a window
+        frame.ops[site.number] += 1
+        if site.component == "text":
+            call.visual = _visual(frame.inputs, self.target.config, call.k.shape[2], memory)
+        else:
+            call.grid = _patches(site.module.config, call.q.shape[2])
+
+
+def _visual(inputs: dict[str, Any], config: Any, keys: int, memory: dict[str, Any]) -> Tensor | None:
+    """Which keys are visual tokens: read off the prompt once, the tokens decoded after it are text."""
+    if "visual" not in memory:
+        ids = inputs.get("input_ids")
+        markers = [
+            value
+            for name in ("image_token_id", "image_token_index", "video_token_id")
+            if isinstance(value := getattr(config, name, None), int)
+        ]
+        if not isinstance(ids, Tensor) or not markers:
+            return None
+        memory["visual"] = torch.isin(ids, torch.tensor(markers, device=ids.device))
+    known: Tensor = memory["visual"]
+    if known.shape[1] < keys:
+        known = torch.nn.functional.pad(known, (0, keys - known.shape[1]))
+    return known[:, :keys]
+
+
+def _patches(config: Any, tokens: int) -> Grid | None:
+    """The patches of a vision tower with one picture size (a class token may stand before them)."""
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if not isinstance(size, int) or not isinstance(patch, int):
+        return None
+    side = size // patch
+    return Grid(1, side, side) if side * side in (tokens, tokens - 1) else None
 
 
 def _is_attention(module: torch.nn.Module) -> bool:
