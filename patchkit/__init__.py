@@ -18,7 +18,7 @@ if not (_here / "recipes").is_dir() and (_here.parent / "recipes").is_dir():
     __path__.append(str(_here.parent))  # a plain checkout: the folders beside this one are our subpackages
 
 if TYPE_CHECKING:
-    from patchkit import recipes, zoo
+    from patchkit import zoo
     from patchkit.api import apply, plan, remove, status
     from patchkit.errors import (
         Conflict,
@@ -50,8 +50,8 @@ _ERRORS = (
     "UnsupportedModel",
 )
 _HOMES = {
-    **{name: "patchkit.api" for name in ("apply", "plan", "remove", "status")},
-    **{name: "patchkit.errors" for name in _ERRORS},
+    **dict.fromkeys(("apply", "plan", "remove", "status"), "patchkit.api"),
+    **dict.fromkeys(_ERRORS, "patchkit.errors"),
     "Patch": "patchkit.patch",
     "Plan": "patchkit.planning",
     "Recipe": "patchkit.recipe_base",

@@ -24,6 +24,7 @@ class Grid(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """How many tokens that are."""
         return self.frames * self.height * self.width
 
 
@@ -99,14 +100,17 @@ class AttentionCall:
 
     @property
     def step(self) -> int | None:
+        """Number of the denoising step, from 0; None where nobody tells."""
         return self.moment.step
 
     @property
     def total(self) -> int | None:
+        """How many steps the run has; None where nobody tells."""
         return self.moment.total
 
     @property
     def branch(self) -> str:
+        """Guidance pass; see :class:`Moment`."""
         return self.moment.branch
 
     def replace(self, **changes: Any) -> AttentionCall:
@@ -153,14 +157,17 @@ class DenoiseCall:
 
     @property
     def step(self) -> int | None:
+        """Number of the denoising step, from 0; None where nobody tells."""
         return self.moment.step
 
     @property
     def total(self) -> int | None:
+        """How many steps the run has; None where nobody tells."""
         return self.moment.total
 
     @property
     def branch(self) -> str:
+        """Guidance pass; see :class:`Moment`."""
         return self.moment.branch
 
     def replace(self, **changes: Any) -> DenoiseCall:
@@ -188,6 +195,7 @@ class RunCall:
 
     @property
     def generator(self) -> Any:
+        """The run's random generator, as the caller gave it."""
         return self.kwargs.get("generator")
 
     def replace(self, **changes: Any) -> RunCall:

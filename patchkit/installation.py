@@ -45,9 +45,11 @@ class Bound:
         self.window = StepWindow.parse(self.recipe.steps, "steps")
 
     def state(self, key: Key) -> dict[str, Any]:
+        """What the recipe keeps there until the run ends."""
         return self.states.setdefault(key, {})
 
     def ledger(self, key: Key) -> Ledger:
+        """What the recipe writes down there."""
         if key not in self.ledgers:
             self.ledgers[key] = Ledger()
         return self.ledgers[key]
@@ -371,9 +373,7 @@ def _around_denoise(bound: Bound, component: str, inner: Callable[[DenoiseCall],
     return denoise
 
 
-def _around_run(
-    bound: Bound, options: dict[str, Any], inner: Callable[[RunCall], Any]
-) -> Callable[[RunCall], Any]:
+def _around_run(bound: Bound, options: dict[str, Any], inner: Callable[[RunCall], Any]) -> Callable[[RunCall], Any]:
     def run(call: RunCall) -> Any:
         key = ("pipeline", "", "", 0)
         ledger = bound.ledger(key)

@@ -51,9 +51,9 @@ def subclass(original: type, methods: dict[str, Callable[..., Any]], mark: Any) 
 
 
 def _parts(obj: Any) -> tuple[Any, tuple[Any, ...], Any]:
-    original = type(obj).__mro__[1]
+    original: Any = type(obj).__mro__[1]
     # asking the original class: our own __reduce_ex__ refuses
-    func, args, *rest = original.__reduce_ex__(obj, 4)  # type: ignore[operator]
+    func, args, *rest = original.__reduce_ex__(obj, 4)
     args = tuple(original if a is type(obj) else a for a in args)
     func = original if func is type(obj) else func
     state = rest[0] if rest else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ class Ledger:
     counts: Counter[str] = field(default_factory=Counter)
     dense: Counter[str] = field(default_factory=Counter)  # reason -> how often the op ran dense because of it
     values: dict[str, Any] = field(default_factory=dict)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _events: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     def count(self, what: str, by: int = 1) -> None:

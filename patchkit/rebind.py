@@ -114,7 +114,7 @@ def _direct_op(slot: Slot) -> Callable[..., Tensor]:
                 query, key, value, attn_mask, number, index, scale, is_causal, enable_gqa, dropout_p, None, None
             )
             return out.transpose(1, 2)
-        extra = {"dropout": dropout_p, "grouped": enable_gqa}
+        extra: dict[str, Any] = {"dropout": dropout_p, "grouped": enable_gqa}
         return processor._patchkit_site.run(query, key, value, attn_mask, scale, is_causal, index, extra)
 
     return scaled_dot_product_attention
@@ -148,7 +148,7 @@ def _dispatch_op(slot: Slot, upstream: Callable[..., Tensor]) -> Callable[..., T
             mask = _four_dimensional(attn_mask)
             number = processor._patchkit_number
             return attend(q, k, v, mask, number, index, scale, is_causal, enable_gqa, dropout_p, None, None)
-        extra = {"dropout": dropout_p, "grouped": enable_gqa, "given_mask": attn_mask}
+        extra: dict[str, Any] = {"dropout": dropout_p, "grouped": enable_gqa, "given_mask": attn_mask}
         if attention_kwargs:
             extra["attention_kwargs"] = attention_kwargs
         mask = extra["mask"] = _four_dimensional(attn_mask)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from patchkit.sites import Site
 
 Effect = Literal["replaces", "adjusts"]
-R = TypeVar("R", bound="type[Recipe]")
+R = TypeVar("R", bound="Recipe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,15 +81,15 @@ class Recipe:
     def prepare(self, target: Any, sites: list[Site]) -> None:
         """Look at the model before anything is changed; raise if the recipe cannot work on it."""
 
-    def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:  # noqa: A002
+    def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
         """Stand around one attention op. Returns (B, H, Nq, D)."""
         raise NotImplementedError  # never installed unless overridden
 
-    def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:  # noqa: A002
+    def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:
         """Stand around one denoiser forward. Returns what the denoiser returns."""
         raise NotImplementedError
 
-    def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:  # noqa: A002
+    def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:
         """Stand around one pipeline call. Returns what the pipeline returns."""
         raise NotImplementedError
 
@@ -116,7 +116,7 @@ class Recipe:
         return out
 
     @classmethod
-    def build(cls: type[R], options: dict[str, Any], where: str = "") -> R:  # type: ignore[valid-type,misc]
+    def build(cls: type[R], options: dict[str, Any], where: str = "") -> R:
         """Make a recipe from options, naming unknown ones with the nearest known option."""
         known = [f.name for f in dataclasses.fields(cls)]
         for name in options:
@@ -142,8 +142,8 @@ class Recipe:
         return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-@functools.lru_cache(maxsize=None)
-def _adapters(cls: type[Recipe]) -> dict[str, Any]:
+@functools.cache
+def _adapters(cls: Any) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -170,10 +170,10 @@ def _readable(hint: str) -> str:
     return hint.replace("typing.", "").replace("<class '", "").replace("'>", "").replace("NoneType", "None")
 
 
-def recipe(name: str) -> Callable[[R], R]:
+def recipe(name: str) -> Callable[[type[R]], type[R]]:
     """Register a recipe class under ``name``: ``@recipe("name")`` above ``@dataclass(frozen=True)``."""
 
-    def register(cls: R) -> R:
+    def register(cls: type[R]) -> type[R]:
         from patchkit.registry import add
 
         cls.name = name

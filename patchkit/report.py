@@ -49,7 +49,10 @@ def make_report(
 
 def _recipe(bound: Bound, left: dict[str, int]) -> dict[str, Any]:
     sites = {(s.component, s.name): s for s in bound.sites}
-    rows, counts, dense, seconds = [], Counter[str](), Counter[str](), Counter[str]()
+    rows: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+    dense: Counter[str] = Counter()
+    seconds: dict[str, float] = {}
     for (component, name, branch, index), ledger in bound.ledgers.items():
         entry = ledger.to_dict()
         site = sites.get((component, name))
@@ -59,7 +62,8 @@ def _recipe(bound: Bound, left: dict[str, int]) -> dict[str, Any]:
         rows.append(where | entry)
         counts.update(entry["counts"])
         dense.update(entry["dense"])
-        seconds.update(entry["seconds"])
+        for what, value in entry["seconds"].items():
+            seconds[what] = seconds.get(what, 0.0) + value
     return {
         "recipe": bound.recipe.name,
         "options": bound.recipe.options(defaults=True),

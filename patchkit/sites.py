@@ -59,6 +59,7 @@ class Site:
 
     @property
     def full_name(self) -> str:
+        """Component and module name."""
         return f"{self.component}.{self.name}"
 
     def __repr__(self) -> str:

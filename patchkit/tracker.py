@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from patchkit.context import AttentionCall, Grid, Moment, Span
+from patchkit.context import AttentionCall, Grid, Moment
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Tracker:
         self._signatures: dict[type, inspect.Signature] = {}
         self._frames: list[Frame] = []
         self._contexts: dict[str, str] = {}  # component -> name of the running cache_context
+        self._loose: Frame | None = None
         self.clocked = False  # whether a scheduler tells the steps
-        self._bare = _BareClock()
         self.reset()
 
     # --- the clock --------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class Tracker:
 
     def language_moment(self, inputs: dict[str, Any]) -> tuple[bool, Moment]:
         """Whether a language model's forward begins a new sequence, and its step: 0 for that, then one a call."""
-        cache = inputs.get("past_key_values")
+        cache: Any = inputs.get("past_key_values")
         seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         fresh = not isinstance(seen, int) or seen == 0
         self.step = 0 if fresh or self.step is None else self.step + 1
@@ -168,6 +168,7 @@ class Tracker:
         self, components: tuple[str, ...], moment: Moment, module: torch.nn.Module, inputs: dict[str, Any]
     ) -> Iterator[None]:
         """While the denoiser (or model) runs."""
+        self._loose = None
         frames = [Frame(c, moment, inputs, self._grid(c, module, inputs)) for c in components]
         self._frames.extend(frames)
         try:
@@ -201,7 +202,10 @@ class Tracker:
                 call.moment = frame.moment
                 self._place(call, frame, self.memory)
                 return
-        call.moment = Moment(self.step, self.total)
+        # called outside any denoiser: vision towers are, before the decoder that uses them
+        self._loose = self._loose or Frame("", Moment(self.step if self.clocked else None, self.total))
+        call.moment = self._loose.moment
+        self._place(call, self._loose, self.memory)
 
 
 class _BareClock:

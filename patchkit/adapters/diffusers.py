@@ -121,7 +121,7 @@ class DiffusersAdapter(Adapter):
 
     def tokens(self) -> int | None:
         for outer in self.components().values():
-            config = getattr(unwrap(outer), "config", None)
+            config: Any = getattr(unwrap(outer), "config", None)
             size = getattr(config, "sample_size", None)
             height = getattr(config, "sample_height", None) or (size if isinstance(size, int) else None)
             width = getattr(config, "sample_width", None) or (size if isinstance(size, int) else None)
@@ -178,9 +178,7 @@ def _is_attention(module: torch.nn.Module) -> bool:
     """By type where the library has one for it: Mochi's model has no list of processors."""
     if not hasattr(module, "processor") or not callable(module.processor):
         return False
-    return any(
-        cls.__module__.startswith("diffusers.") and "Attention" in cls.__name__ for cls in type(module).__mro__
-    )
+    return any(cls.__module__.startswith("diffusers.") and "Attention" in cls.__name__ for cls in type(module).__mro__)
 
 
 def _kind(name: str, module: torch.nn.Module, facts: Denoiser | None) -> tuple[Kind, Side | None]:

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from patchkit.context import Grid
 from patchkit.sites import Kind, Side
 
@@ -33,7 +31,7 @@ class Denoiser:
 
     pipeline: str
     rules: tuple[Rule, ...]
-    grid: Callable[[torch.nn.Module, Inputs], Grid | None]
+    grid: Callable[[Any, Inputs], Grid | None]
     blocks: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
@@ -42,20 +40,20 @@ def _up(length: int, patch: int | None) -> int:
     return -(-length // (patch or 1))
 
 
-def _image(module: torch.nn.Module, inputs: Inputs) -> Grid:
+def _image(module: Any, inputs: Inputs) -> Grid:
     """(B, C, h, w)."""
     height, width = inputs["hidden_states"].shape[-2:]
     patch = module.config.patch_size
     return Grid(1, height // patch, width // patch)
 
 
-def _unet(module: torch.nn.Module, inputs: Inputs) -> Grid:
+def _unet(module: Any, inputs: Inputs) -> Grid:
     """(B, C, h, w) at full size; each attention finds its own level by its token count."""
     height, width = inputs["sample"].shape[-2:]
     return Grid(1, height, width)
 
 
-def _channels_first_video(module: torch.nn.Module, inputs: Inputs) -> Grid:
+def _channels_first_video(module: Any, inputs: Inputs) -> Grid:
     """(B, C, F, h, w)."""
     frames, height, width = inputs["hidden_states"].shape[-3:]
     patch = module.config.patch_size
@@ -65,14 +63,14 @@ def _channels_first_video(module: torch.nn.Module, inputs: Inputs) -> Grid:
     return Grid(_up(frames, time), height // patch, width // patch)
 
 
-def _cogvideox(module: torch.nn.Module, inputs: Inputs) -> Grid:
+def _cogvideox(module: Any, inputs: Inputs) -> Grid:
     """(B, F, C, h, w)."""
     frames, _, height, width = inputs["hidden_states"].shape[1:]
     patch = module.config.patch_size
     return Grid(_up(frames, module.config.patch_size_t), height // patch, width // patch)
 
 
-def _flux(module: torch.nn.Module, inputs: Inputs) -> Grid | None:
+def _flux(module: Any, inputs: Inputs) -> Grid | None:
     """Packed: the position ids say the shape."""
     ids = inputs.get("img_ids")
     if ids is None:
@@ -82,13 +80,13 @@ def _flux(module: torch.nn.Module, inputs: Inputs) -> Grid | None:
     return Grid(1, int(height), int(width))
 
 
-def _ltx(module: torch.nn.Module, inputs: Inputs) -> Grid | None:
+def _ltx(module: Any, inputs: Inputs) -> Grid | None:
     """Packed: told by arguments."""
     sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
     return Grid(*(int(s) for s in sizes)) if None not in sizes else None  # type: ignore[arg-type]
 
 
-def _qwen(module: torch.nn.Module, inputs: Inputs) -> Grid | None:
+def _qwen(module: Any, inputs: Inputs) -> Grid | None:
     """Packed: told by an argument, a list of (F, h, w) for each sample."""
     shapes = inputs.get("img_shapes")
     if not shapes:
@@ -102,9 +100,7 @@ _UNET = ("down_blocks", "mid_block", "up_blocks")
 
 DENOISERS: dict[str, Denoiser] = {
     "UNet2DConditionModel": Denoiser("sd", (*_SELF_CROSS, (r".*", "self", None)), _unet, _UNET),
-    "SD3Transformer2DModel": Denoiser(
-        "sd3", ((r".*\.attn", "joint", "last"), (r".*\.attn2", "self", None)), _image
-    ),
+    "SD3Transformer2DModel": Denoiser("sd3", ((r".*\.attn", "joint", "last"), (r".*\.attn2", "self", None)), _image),
     "FluxTransformer2DModel": Denoiser("flux", ((r".*\.attn", "joint", "first"),), _flux),
     "PixArtTransformer2DModel": Denoiser("pixart", _SELF_CROSS, _image),
     "SanaTransformer2DModel": Denoiser("sana", _SELF_CROSS, _image),

@@ -59,7 +59,7 @@ class TransformersAdapter(Adapter):
 
     def install(self, site: Site, journal: Journal, owner: object, slot: Any) -> None:
         _register()
-        config = site.module.config
+        config: Any = site.module.config
         ours = copy.copy(config)
         own = vars(ours)  # past the config's own __setattr__, which maps and validates names
         own["_attn_implementation_internal"] = NAME
@@ -153,8 +153,9 @@ def _register() -> None:
 def _upstream(module: torch.nn.Module, implementation: str) -> Callable[..., Any]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    home = sys.modules[type(module).__module__]
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, getattr(home, "eager_attention_forward", None))
+    home: Any = sys.modules[type(module).__module__]
+    eager: Any = getattr(home, "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
 def _attention(
@@ -175,11 +176,21 @@ def _attention(
     if torch.compiler.is_compiling():
         window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
         out = attend(
-            query, key, value, attention_mask, config._patchkit_number, 0, scaling, causal, False, dropout, window,
+            query,
+            key,
+            value,
+            attention_mask,
+            config._patchkit_number,
+            0,
+            scaling,
+            causal,
+            False,
+            dropout,
+            window,
             softcap,
         )
         return out, None
-    extra = {"dropout": dropout, "is_causal": is_causal, "causal": causal, "kwargs": kwargs}
+    extra: dict[str, Any] = {"dropout": dropout, "is_causal": is_causal, "causal": causal, "kwargs": kwargs}
     site: Site = config._patchkit_site
     out = site.run(query, key, value, attention_mask, scaling, causal, 0, extra)
     return out.transpose(1, 2), extra.get("weights")
@@ -206,5 +217,3 @@ def _terminal(site: Site, upstream: Callable[..., Any]) -> Callable[[AttentionCa
         return out.transpose(1, 2)
 
     return model_op
-
-

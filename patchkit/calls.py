@@ -1,0 +1,200 @@
+"""Calls a loaded model with a recipe file's inputs and takes its result apart."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patchkit.errors import InvalidOption, PatchkitError
+from patchkit.loading import Loaded
+
+OWN_INPUTS = ("seed", "fps")  # ours; handed on only where the pipeline has an argument of that name
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
+# Inputs whose text is the path of a picture or video; recipes' own arguments are treated so too.
+MEDIA_INPUTS = frozenset(
+    ("image", "last_image", "mask_image", "control_image", "ip_adapter_image", "image_2", "video", "control_video")
+)
+
+
+@dataclass(frozen=True)
+class Produced:
+    """What one call made.
+
+    Attributes:
+        kind: ``"video"``, ``"image"`` or ``"text"``.
+        items: one entry a result: a list of frames (or an array of them), a picture, a text.
+        seconds: how long the call took.
+        memory: peak bytes on the accelerator during the call, None on the CPU.
+    """
+
+    kind: str
+    items: list[Any]
+    seconds: float = 0.0
+    memory: int | None = None
+
+
+def media_paths(inputs: Mapping[str, Any], extra: set[str]) -> dict[str, Path]:
+    """The inputs that name picture or video files."""
+    found = {}
+    for name, value in inputs.items():
+        if name not in MEDIA_INPUTS | extra or not isinstance(value, str) or "://" in value:
+            continue
+        path = Path(value).expanduser()
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
+            found[name] = path
+    return found
+
+
+def load_media(inputs: Mapping[str, Any], extra: set[str]) -> dict[str, Any]:
+    """The inputs with the named pictures and videos read in."""
+    from diffusers.utils import load_image, load_video
+
+    out = dict(inputs)
+    for name, path in media_paths(inputs, extra).items():
+        reader = load_image if path.suffix.lower() in IMAGE_SUFFIXES else load_video
+        try:
+            out[name] = reader(str(path))
+        except (OSError, ValueError) as error:
+            raise InvalidOption(f"cannot read {path}: {error}", f"input {name!r}", "give a picture or video") from None
+    return out
+
+
+def kind_of(cls: type) -> str:
+    """Whether a pipeline class makes videos or images: video pipelines ask for a number of frames or take a video."""
+    parameters = inspect.signature(cls.__call__).parameters
+    return "video" if {"num_frames", "video_length", "video"} & set(parameters) else "image"
+
+
+def call(loaded: Loaded, inputs: Mapping[str, Any], *, label: str, bars: bool) -> Produced:
+    """Call the model once.
+
+    Args:
+        loaded: the model, patched or not.
+        inputs: arguments, with ``seed``.
+        label: what the progress bar is called.
+        bars: whether to show it (and then only on a terminal).
+    """
+    import torch
+
+    seed = inputs.get("seed", 0)
+    device = torch.device(loaded.device)
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    begun = time.perf_counter()
+    run = _call_text if loaded.kind == "text" else _call_pipeline
+    kind, items = run(loaded, dict(inputs), seed, label, bars)
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - begun
+    return Produced(kind, items, seconds, torch.cuda.max_memory_allocated(device) if on_cuda else None)
+
+
+def _call_pipeline(loaded: Loaded, inputs: dict[str, Any], seed: int, label: str, bars: bool) -> tuple[str, list[Any]]:
+    import torch
+
+    pipe = loaded.target
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    takes = {n for n in OWN_INPUTS if n in parameters}
+    kwargs = {n: v for n, v in inputs.items() if n not in OWN_INPUTS or n in takes}
+    if "generator" in parameters:
+        kwargs["generator"] = torch.Generator("cpu").manual_seed(seed)  # the same noise on every device
+    else:
+        torch.manual_seed(seed)
+    with _bar(pipe, label, bars):
+        try:
+            result = pipe(**kwargs)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, PatchkitError):
+                raise
+            raise PatchkitError(
+                f"the pipeline refused the call or failed: {error}",
+                f"{type(pipe).__name__}, {label} run",
+                "check the inputs; --debug shows the trace",
+            ) from error
+    return unpack(result, kind_of(type(pipe)))
+
+
+@contextlib.contextmanager
+def _bar(pipe: Any, label: str, bars: bool) -> Iterator[None]:
+    """Name the pipeline's own progress bar for one call, or turn it off."""
+    absent = object()
+    before = pipe.__dict__.get("_progress_bar_config", absent)
+    pipe.set_progress_bar_config(desc=label, leave=False, disable=None if bars else True)  # None: off if no terminal
+    try:
+        yield
+    finally:
+        if before is absent:
+            pipe.__dict__.pop("_progress_bar_config", None)
+        else:
+            pipe._progress_bar_config = before
+
+
+def unpack(result: Any, kind: str) -> tuple[str, list[Any]]:
+    """Kind and items of what a pipeline returned."""
+    for name, found in (("frames", "video"), ("images", "image")):
+        if hasattr(result, name):
+            kind, result = found, getattr(result, name)
+            break
+    else:
+        if isinstance(result, tuple):
+            result = result[0]
+    items = list(result)
+    if kind == "video" and items and _is_frame(items[0]):
+        items = [items]  # one video, not in a list
+    return kind, items
+
+
+def _is_frame(item: Any) -> bool:
+    shape = getattr(item, "shape", None)
+    return hasattr(item, "convert") or (shape is not None and len(shape) == 3)
+
+
+def _call_text(loaded: Loaded, inputs: dict[str, Any], seed: int, label: str, bars: bool) -> tuple[str, list[Any]]:
+    import torch
+
+    prompts = inputs.pop("prompt")
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    options = {n: v for n, v in inputs.items() if n not in OWN_INPUTS}
+    options.setdefault("max_new_tokens", 64)
+    options.setdefault("do_sample", False)
+    torch.manual_seed(seed)
+    texts = []
+    for prompt in prompts:
+        encoded = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.target.device)
+        counter = _TokenBar(options["max_new_tokens"], label, bars)
+        try:
+            with torch.no_grad():
+                tokens = loaded.target.generate(**encoded, **options, streamer=counter)
+        finally:
+            counter.end()
+        texts.append(loaded.tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+    return "text", texts
+
+
+class _TokenBar:
+    """Shows generated tokens; the interface is that of transformers' streamers."""
+
+    def __init__(self, total: int, label: str, bars: bool) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, desc=label, leave=False, disable=None if bars else True, file=sys.stderr)
+        self.prompt = True
+
+    def put(self, value: Any) -> None:
+        """Called with the prompt first, then with each token."""
+        if not self.prompt:
+            self.bar.update()
+        self.prompt = False
+
+    def end(self) -> None:
+        """Called after the last token."""
+        self.bar.close()
