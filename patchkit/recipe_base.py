@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -142,12 +141,17 @@ class Recipe:
         return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-@functools.cache
-def _adapters(cls: Any) -> dict[str, Any]:
+_adapters_of: dict[type, dict[str, Any]] = {}
+
+
+def _adapters(cls: type[Recipe]) -> dict[str, Any]:
+    """One validator an option; made once a class, because making them is slow."""
     from pydantic import TypeAdapter
 
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
+    if cls not in _adapters_of:
+        hints = typing.get_type_hints(cls, include_extras=True)
+        _adapters_of[cls] = {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
+    return _adapters_of[cls]
 
 
 def _checked(cls: type[Recipe], name: str, adapter: Any, value: Any) -> Any:
