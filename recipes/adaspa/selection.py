@@ -1,0 +1,243 @@
+"""Which blocks each head keeps: budgets, row-wise choice, and where the text is among the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from patchkit.context import Span
+
+Mode = Literal["rows", "global"]
+
+
+def levels(density: float) -> tuple[float, float]:
+    """(low, high) densities of the heads that need few and many blocks, so that their mean is ``density``.
+
+    The paper's (1 + s) / 2 and (3 s - 1) / 2 are d / 2 and 3 d / 2 in densities. Above 2/3 the high level would pass
+    1: it is capped there and the low one raised (ours).
+    """
+    high = min(1.5 * density, 1.0)
+    return 2 * density - high, high
+
+
+def level_of(recall: Tensor, threshold: float) -> Tensor:
+    """Which level each head gets from its recall (B, H) at the common density: 0 low, 1 common, 2 high.
+
+    Of the heads above ``threshold`` there are n; the n of highest recall give blocks to the n of lowest. n is at most
+    half of the heads (ours: the paper is silent there). Equal recalls: the lower head number counts as higher.
+    """
+    heads = recall.shape[-1]
+    n = (recall > threshold).sum(-1, keepdim=True).clamp(max=heads // 2)
+    rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return torch.ones_like(rank).masked_fill(rank < n, 0).masked_fill(rank >= heads - n, 2)
+
+
+def blocks_per_row(density: float, columns: int) -> int:
+    """How many of ``columns`` key blocks a row keeps: never none, rounded half to even (ours)."""
+    return min(max(1, round(density * columns)), columns)
+
+
+def rank_blocks(mass: Tensor, keep: int, mode: Mode) -> Tensor:
+    """Blocks by falling mass; equal ones by rising index. The first k of it are the best k for every k <= ``keep``.
+
+    Args:
+        mass: (B, H, R, C).
+        keep: blocks per row that are wanted at most.
+        mode: ``"rows"`` ranks within each row, ``"global"`` over all rows of a head.
+
+    Returns:
+        int32 (B, H, R, keep) column numbers, or (B, H, R * keep) numbers into a flattened R x C.
+    """
+    if mode == "global":
+        keep, mass = keep * mass.shape[-2], mass.flatten(-2)
+    return mass.sort(dim=-1, descending=True, stable=True).indices[..., :keep].to(torch.int32)
+
+
+def chosen(ranked: Tensor, k: Tensor, rows: int, columns: int, mode: Mode) -> Tensor:
+    """The first k of each row's ranking as a mask: bool (B, H, rows, columns); k is (B, H)."""
+    if mode == "global":
+        inside = torch.arange(ranked.shape[-1], device=ranked.device) < (k * rows)[..., None]
+        flat = torch.zeros(*ranked.shape[:-1], rows * columns, dtype=torch.bool, device=ranked.device)
+        return flat.scatter_(-1, ranked.long(), inside).unflatten(-1, (rows, columns))
+    inside = torch.arange(ranked.shape[-1], device=ranked.device) < k[..., None, None]
+    mask = torch.zeros(*ranked.shape[:-1], columns, dtype=torch.bool, device=ranked.device)
+    return mask.scatter_(-1, ranked.long(), inside.expand_as(ranked))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one search found; numbers per head are (B, H).
+
+    Attributes:
+        kept: bool (B, H, R, C) over the blocks without text.
+        k: video blocks per row.
+        density: the level that k was rounded from.
+        recall: share of the attention mass that stays, text included.
+        base_recall: the same at the common density, which decided the levels.
+    """
+
+    kept: Tensor
+    k: Tensor
+    density: Tensor
+    recall: Tensor
+    base_recall: Tensor
+
+
+def choose(
+    masses: Iterable[Tensor],
+    geometry: Geometry,
+    density: float,
+    *,
+    threshold: float = 0.8,
+    adaptive: bool = True,
+    mode: Mode = "rows",
+) -> Choice:
+    """Choose blocks from exact block masses.
+
+    Args:
+        masses: (B, h, Nq, Nk) for some heads after others. Only a ranking of the best blocks outlives each of them,
+            so that W of a long video (0.3 GB a layer) is never held as a whole.
+        geometry: where the text is.
+        density: mean share of video blocks that a row keeps.
+        threshold: recall above which a head can give blocks away.
+        adaptive: whether heads get different budgets.
+        mode: ``"rows"`` (every row of a head keeps as many) or ``"global"``.
+    """
+    (r0, r1), (c0, c1) = geometry.rows, geometry.columns
+    rows, columns = r1 - r0, c1 - c0
+    low, high = levels(density) if adaptive else (density, density)
+    steps = (low, density, high)
+    ks = [blocks_per_row(d, columns) for d in steps]
+    ranked, recalls = [], []
+    for mass in masses:
+        video = mass[..., r0:r1, c0:c1]
+        ranking = rank_blocks(video, ks[2], mode)
+        ranked.append(ranking)
+        recalls.append(_recalls(mass, video, ranking, ks, mode))
+    recall = torch.cat(recalls, dim=1)  # (B, H, 3)
+    level = level_of(recall[..., 1], threshold) if adaptive else torch.ones_like(recall[..., 1], dtype=torch.long)
+    k = torch.tensor(ks, device=level.device)[level]
+    return Choice(
+        chosen(torch.cat(ranked, dim=1), k, rows, columns, mode),
+        k,
+        torch.tensor(steps, device=level.device)[level],
+        recall.gather(-1, level[..., None])[..., 0],
+        recall[..., 1],
+    )
+
+
+def _recalls(mass: Tensor, video: Tensor, ranking: Tensor, ks: list[int], mode: Mode) -> Tensor:
+    """(B, H, 3): the share of mass kept with each of three numbers of blocks per row, and all of the text."""
+    if mode == "global":
+        ks, video = [k * video.shape[-2] for k in ks], video.flatten(-2)
+    best = video.gather(-1, ranking.long())
+    if mode == "rows":
+        best, video = best.sum(-2), video.flatten(-2)
+    total = mass.sum((-1, -2))
+    text = total - video.sum(-1)
+    kept = torch.stack([best[..., :k].sum(-1) + text for k in ks], dim=-1)
+    # a ratio, so that a stale LSE, which scales every row's mass, leaves it meaningful
+    return (kept / total[..., None]).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where video and text are among the blocks of one sequence.
+
+    Queries keep the model's order. Keys do as well, unless text stands first and is padded: then they are rolled so
+    that the text, and with it the padding, comes last, and one length per sample says what is real.
+
+    Attributes:
+        tokens: length of the sequence.
+        block: (query block, key block).
+        rows: first and last (exclusive) query block without text.
+        columns: the same of the key blocks.
+        lengths: real keys per sample, None if all are.
+        shift: by how many tokens keys are rolled to the left.
+    """
+
+    tokens: int
+    block: tuple[int, int]
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    lengths: tuple[int, ...] | None = None
+    shift: int = 0
+
+    @classmethod
+    def of(cls, tokens: int, block: tuple[int, int], text: Span | None, valid: Tensor | None) -> Geometry | str:
+        """The geometry of a sequence, or why there is none that AdaSpa can use.
+
+        Args:
+            tokens: length of the sequence.
+            block: (query block, key block).
+            text: where the text is.
+            valid: (B, tokens) bool, the keys that are no padding.
+        """
+        if text is not None and len(text) == 0:
+            text = None
+        if text is not None and text.start > 0 and text.stop < tokens:
+            return f"text at {text.start}-{text.stop} stands inside the video"
+        first = text is not None and text.start == 0
+        words = len(text) if text is not None else 0
+        lengths, shift = None, 0
+        if valid is not None:
+            found = _lengths(valid, words if first else 0)
+            if found is None:
+                return "mask hides keys between others"
+            lengths = found if min(found) < tokens else None
+            if lengths is not None:
+                shift = words if first else 0
+                if min(lengths) < tokens - words:
+                    return "mask hides video tokens"
+        rows = _free(tokens, block[0], words, first)
+        columns = _free(tokens, block[1], words, first and not shift)
+        if rows[0] >= rows[1] or columns[0] >= columns[1]:
+            return f"no block of {block} is free of text"
+        return cls(tokens, block, rows, columns, lengths, shift)
+
+    @property
+    def span(self) -> Span:
+        """Query tokens of the rows without text."""
+        return Span(self.rows[0] * self.block[0], min(self.rows[1] * self.block[0], self.tokens))
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Query and key blocks of the whole sequence."""
+        return -(-self.tokens // self.block[0]), -(-self.tokens // self.block[1])
+
+    def real_blocks(self) -> list[int]:
+        """Key blocks with at least one real key: one number per sample, or a single one for all."""
+        return [-(-n // self.block[1]) for n in self.lengths or (self.tokens,)]
+
+    def with_text(self, video: Tensor) -> Tensor:
+        """A mask over video blocks (B, H, R, C) as one over all key blocks, with every real text block kept."""
+        batch, heads, rows, _ = video.shape
+        total = self.counts[1]
+        mask = torch.ones(batch, heads, rows, total, dtype=torch.bool, device=video.device)
+        mask[..., self.columns[0] : self.columns[1]] = video
+        if self.lengths is not None:
+            for sample, real in enumerate(self.real_blocks()):
+                mask[sample, ..., real:] = False
+        return mask
+
+
+def _lengths(valid: Tensor, shift: int) -> tuple[int, ...] | None:
+    """Real keys per sample if, after a roll by ``shift``, they all stand before the padding; else None."""
+    valid = valid.roll(-shift, -1)
+    counts = valid.sum(-1)
+    places = torch.arange(valid.shape[-1], device=valid.device)
+    whole = (valid == (places < counts[:, None])).all()
+    *lengths, whole_too = torch.cat([counts, whole[None].to(counts.dtype)]).tolist()  # one wait for the device
+    return tuple(lengths) if whole_too else None
+
+
+def _free(tokens: int, block: int, words: int, first: bool) -> tuple[int, int]:
+    """First and last (exclusive) block without any of ``words`` text tokens."""
+    total = -(-tokens // block)
+    if words == 0:
+        return 0, total
+    return (-(-words // block), total) if first else (0, (tokens - words) // block)
