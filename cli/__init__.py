@@ -1,1 +1,1 @@
-"""patchkit.cli."""
+"""The command line: parses, calls patchkit, prints. Everything it does can be done from Python too."""

@@ -83,10 +83,13 @@ def devices() -> list[str]:
 
 
 def pipeline_class(spec: ModelSpec) -> type | None:
-    """The diffusers class of a model, from its index file alone; None for text models and the zoo."""
+    """The diffusers class of a model, from its index file alone; None for text models."""
     if spec.zoo is not None:
-        return None
-    folder = Path(spec.id)
+        from patchkit import zoo
+
+        folder = zoo.path(spec.zoo)
+    else:
+        folder = Path(spec.id)
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
@@ -96,7 +99,7 @@ def pipeline_class(spec: ModelSpec) -> type | None:
         except ValueError as error:
             raise PatchkitError(f"the index of the model is damaged: {error}", str(index), "save it again") from None
     else:
-        config = _hub_index(spec)
+        config = _hub_index(spec) if spec.zoo is None else None
     if config is None:
         return None
     import diffusers
@@ -146,12 +149,14 @@ def load(spec: ModelSpec, *, quiet: bool = False) -> Loaded:
     dtype = getattr(torch, _DTYPES.get(spec.dtype, spec.dtype)) if spec.dtype not in (None, "auto") else None
     device = spec.device or default_device()
     with _progress(quiet):
-        if spec.zoo is not None:
-            return _load_zoo(spec, dtype, device)
         try:
+            if spec.zoo is not None:
+                return _load_zoo(spec, dtype, device)
             if pipeline_class(spec) is not None:
                 return Loaded(_load_pipeline(spec, dtype, device), "pipeline")
             return _load_text(spec, dtype, device)
+        except PatchkitError:
+            raise
         except (OSError, ValueError) as error:
             raise PatchkitError(
                 f"the model could not be loaded: {_first_lines(error)}",
@@ -166,9 +171,7 @@ def _load_zoo(spec: ModelSpec, dtype: Any, device: str) -> Loaded:
     name = spec.zoo or ""
     if spec.revision or spec.variant:
         raise InvalidOption("zoo models have neither revisions nor variants", spec.id, "leave these fields out")
-    target = zoo.load(name)
-    if dtype is not None:
-        target.to(dtype)
+    target = zoo.load(name, torch_dtype=dtype)
     _place(target, spec, device)
     return Loaded(target, "pipeline", defaults=dict(zoo.defaults(name)))
 

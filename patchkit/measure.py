@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import platform
@@ -10,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from patchkit.calls import Produced
+from patchkit.errors import InvalidOption
 from patchkit.loading import Loaded
 
 PACKAGES = ("patchkit", "torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
@@ -49,10 +51,11 @@ def distances(reference: Produced, other: Produced) -> dict[str, Any]:
         return {"psnr": None, "ssim": None, "note": "results differ in number or shape: not compared"}
     psnr, ssim = [], []
     for a, b in ((as_tensor(a), as_tensor(b)) for a, b in pairs):
-        psnr.append(float(metrics.psnr(a, b)))
-        ssim.append(float(metrics.ssim(a, b)))
+        psnr.append(metrics.psnr(a, b))
+        with contextlib.suppress(InvalidOption):  # smaller than the window of SSIM
+            ssim.append(metrics.ssim(a, b))
     out: dict[str, Any] = {"psnr": _mean(psnr), "ssim": _mean(ssim), "identical": False}
-    if math.isinf(out["psnr"]):
+    if out["psnr"] == math.inf:
         out |= {"psnr": None, "identical": True}  # JSON has no infinity
     return out
 
@@ -87,7 +90,7 @@ def densities(report: Mapping[str, Any]) -> dict[str, Any]:
         means, options = entry.get("means", {}), entry.get("options", {})
         row = {
             "nominal": options.get("density"),
-            "actual": means.get("density"),
+            "actual": means.get("actual_density", means.get("density")),
             "recall": means.get("recall"),
         }
         if any(value is not None for value in row.values()):
@@ -106,5 +109,5 @@ def circumstances(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

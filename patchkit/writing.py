@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchkit import media
 from patchkit.calls import Produced
+from patchkit.filefields import VIDEO_SUFFIXES
 from patchkit.outputs import METRICS, Names, staging
 
 if TYPE_CHECKING:
@@ -24,68 +26,70 @@ def write(
     inputs: Mapping[str, Any],
     notes: list[str],
 ) -> dict[str, Path]:
-    """Write all files of a run, and say in ``notes`` which were there before. Returns label -> file."""
+    """Write all files of a run, and say in ``notes`` which were there before. Returns label -> (first) file."""
     assert job.file.output is not None
     names = Names(job.file.output)
     fps = int(inputs.get("fps") or inputs.get("frame_rate") or FPS)
     files: dict[str, str] = {}
     with staging(names.folder) as stage:
 
-        def put(label: str, suffix: str, save: Callable[[Path], Any], number: int | None = None) -> None:
+        def put(label: str, suffix: str, content: Any, number: int | None = None) -> None:
             name = names.of(label, suffix, primary=label == job.primary, number=number)
-            save(stage.path(name))
+            save(content, stage.path(name), fps)
             files.setdefault(label, name)
 
         for label, made in produced.items():
             suffix = names.suffix(made.kind)
-            if suffix == ".json":
-                continue
-            for i, item in enumerate(made.items):
-                number = i if len(made.items) > 1 else None
-                put(label, suffix, lambda path, item=item, kind=made.kind: save_item(item, kind, path, fps), number)
+            for i, item in enumerate(made.items if suffix != ".json" else ()):
+                put(label, suffix, item, i if len(made.items) > 1 else None)
         if len(produced) > 1:
-            _together(produced, names.suffix(next(iter(produced.values())).kind), put, fps)
-        texts = {label: made.items for label, made in produced.items() if made.kind == "text"}
-        record = metrics | ({"texts": texts} if texts else {})
-        if len(produced) > 1:
+            _together(produced, names, put)
             files["metrics"] = METRICS
-        if names.suffix("text") == ".json":
-            files[job.primary or "record"] = job.file.output.path.name
-        metrics["files"] = dict(files)
-        record["files"] = dict(files)
-        for name in [n for label, n in files.items() if label == "metrics" or n.endswith(".json")]:
-            stage.path(name).write_text(to_json(record), encoding="utf-8")
+        if names.output.suffix == ".json":
+            files["record"] = names.output.path.name
+        metrics["files"] = files
+        texts = {label: made.items for label, made in produced.items() if made.kind == "text"}
+        record = to_json(metrics | ({"texts": texts} if texts else {}))
+        for name in dict.fromkeys(files[label] for label in ("metrics", "record") if label in files):
+            stage.path(name).write_text(record, encoding="utf-8")
         done = {path.name: path for path in stage.commit()}
         notes += [f"replaced {path}" for path in stage.replaced]
     return {label: done[name] for label, name in files.items()}
 
 
-def _together(produced: Mapping[str, Produced], suffix: str, put: Callable[..., None], fps: int) -> None:
-    """One video with all variants beside each other, and one picture of their frames."""
+def _together(produced: Mapping[str, Produced], names: Names, put: Callable[..., None]) -> None:
+    """One file with all variants beside each other, and one picture of their frames."""
     kind = next(iter(produced.values())).kind
-    if kind == "text":
+    if kind == "text" or len({made.kind for made in produced.values()}) > 1:
         return
-    first = {label: made.items[0] for label, made in produced.items()}
+    first = {label: media.as_tensor(made.items[0]) for label, made in produced.items()}
+    same_size = len({clip.shape[-2:] for clip in first.values()}) == 1
+    suffix = ".png" if kind == "image" else names.suffix(kind)
+    if same_size and (kind == "image" or suffix in VIDEO_SUFFIXES):
+        put("side-by-side", suffix, media.side_by_side(first))
     if kind == "video":
-        if suffix in (".mp4", ".gif"):
-            put("side-by-side", suffix, lambda path: media.save_video(media.side_by_side(first), path, fps=fps))
-        put("frames", ".png", lambda path: media.save_image(media.contact_sheet(first), path))
-    else:
-        put("side-by-side", ".png", lambda path: media.save_image(media.side_by_side(first), path))
+        put("frames", ".png", media.contact_sheet(first))
 
 
-def save_item(item: Any, kind: str, path: Path, fps: int) -> None:
-    """Write one result."""
-    if kind == "text":
-        path.write_text(item + "\n", encoding="utf-8")
-    elif kind == "image":
-        media.save_image(item, path)
-    elif path.suffix == ".png":
-        media.save_image(media.contact_sheet({"": item}), path)
+def save(content: Any, path: Path, fps: int) -> None:
+    """Write one result: text as it is, everything else in the form of the suffix."""
+    if isinstance(content, str):
+        path.write_text(content + "\n", encoding="utf-8")
     else:
-        media.save_video(item, path, fps=fps)
+        media.save(content, path, fps)
 
 
 def to_json(data: Any) -> str:
-    """JSON text; what JSON cannot hold (a tensor, a path) is written as its words."""
-    return json.dumps(data, indent=2, default=str, ensure_ascii=False, allow_nan=True) + "\n"
+    """Strict JSON text: numbers that are none become null, and what JSON does not know is written in words."""
+    return json.dumps(finite(data), indent=2, default=str, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same data without infinities and NaNs."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value

@@ -1,0 +1,168 @@
+"""The commands that only tell: list, info, doctor, schema."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any
+
+import typer
+from patchkit.cli.console import Debug, Json, Output, Quiet, heavy
+
+
+def list_recipes(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, with papers and models.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """List the recipes that are installed."""
+    with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
+        heavy(out)
+        from patchkit import files, registry
+
+        shipped = files.examples()
+        rows = [registry.describe(cls) | {"examples": _examples(name, shipped)} for name, cls in _known()]
+        if markdown:
+            out.text(_markdown(rows))
+            return
+        out.table(
+            "",
+            ("recipe", "what it does", "for", "run it"),
+            [(r["name"], r["summary"], ", ".join(r["families"]), _runnable(r)) for r in rows],
+        )
+        out.data(rows)
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    head = ("recipe", "what it does", "paper", "tested on")
+    cells = [(f"`{r['name']}`", r["summary"], r["paper"], ", ".join(r["models"])) for r in rows]
+    lines = [head, ("---",) * len(head), *cells]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines)
+
+
+def _known() -> list[tuple[str, Any]]:
+    from patchkit import registry
+
+    return list(registry.all_recipes().items())
+
+
+def _examples(name: str, shipped: dict[str, str]) -> list[str]:
+    return [n for n in shipped if n == name or n.startswith((f"{name}-", f"{name}_"))]
+
+
+def _runnable(row: dict[str, Any]) -> str:
+    return f"patchkit run {row['examples'][0]}" if row["examples"] else "-"
+
+
+def info(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    json_: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a recipe does, its options with their defaults, and its example."""
+    with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
+        heavy(out)
+        from patchkit import files, registry
+
+        cls = registry.get(recipe)
+        shipped = files.examples()
+        about = registry.describe(cls)
+        options = _options(cls)
+        out.text(f"{cls.name}: {cls.summary}\n{cls.paper}")
+        facts = {
+            "effect": "computes attention itself" if cls.effect == "replaces" else "works around the attention op",
+            "attention": ", ".join(cls.kinds),
+            "for": ", ".join(cls.families),
+            "tested on": ", ".join(cls.models) or "-",
+            "before": ", ".join(cls.before),
+            "after": ", ".join(cls.after),
+            "conflicts": ", ".join(cls.conflicts),
+        }
+        out.table("", ("", ""), [(name, value) for name, value in facts.items() if value])
+        rows = [(o["name"], o["takes"], json.dumps(o["default"]), o["meaning"]) for o in options]
+        out.table("options", ("name", "takes", "default", "meaning"), rows)
+        if cls.arguments:
+            out.table("extra arguments of pipe(...)", ("name", "what it is"), list(cls.arguments.items()))
+        examples = {name: shipped[name] for name in _examples(recipe, shipped)}
+        for name, text in examples.items():
+            out.text(f"example, run by `patchkit run {name}`:\n\n{text.rstrip()}\n")
+        out.data(about | {"options": options, "arguments": dict(cls.arguments), "examples": examples})
+
+
+def _options(cls: Any) -> list[dict[str, Any]]:
+    meanings: dict[str, str] = {}
+    for parent in reversed(cls.__mro__):
+        meanings |= documented(parent.__doc__ or "")
+    properties = cls.schema()["properties"]
+    return [
+        {"name": n, "takes": readable(p), "default": p.get("default"), "meaning": meanings.get(n, "")}
+        for n, p in properties.items()
+    ]
+
+
+def documented(docstring: str) -> dict[str, str]:
+    """Name -> text of the entries under ``Args:`` of a docstring."""
+    found: dict[str, str] = {}
+    name, inside, depth = "", False, 0
+    for line in docstring.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if line.strip() in ("Args:", "Attributes:"):
+            inside, depth = True, indent + 4
+        elif not inside or not line.strip():
+            continue
+        elif indent < depth:
+            inside = False
+        elif indent == depth and (entry := re.match(r"\s*([\w, ]+):\s*(.*)", line)):
+            name = entry[1].strip()
+            found[name] = entry[2]
+        elif name:
+            found[name] += " " + line.strip()
+    return found
+
+
+def readable(schema: dict[str, Any]) -> str:
+    """The type and range of an option, in words."""
+    if "anyOf" in schema:
+        return " | ".join(dict.fromkeys(readable(part) for part in schema["anyOf"]))
+    if "enum" in schema:
+        return " | ".join(json.dumps(v) for v in schema["enum"])
+    if "const" in schema:
+        return json.dumps(schema["const"])
+    kind = str(schema.get("type", "value"))
+    if kind == "array":
+        parts = schema.get("prefixItems")
+        return f"[{', '.join(readable(p) for p in parts)}]" if parts else f"[{readable(schema.get('items', {}))}, ...]"
+    signs = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
+    limits = [f"{sign} {schema[key]:g}" for key, sign in signs if key in schema]
+    return " ".join([kind, ", ".join(limits)]).strip()
+
+
+def schema() -> None:
+    """Print the JSON schema of recipe files, for editors and other tools."""
+    with Output(json=True).guarded() as out:
+        heavy(out)
+        from patchkit.schema import schema as build
+
+        out.data(build())
+
+
+def doctor(json_: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Show versions, devices, and which path each kernel takes here. Writes nothing."""
+    with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
+        heavy(out)
+        from patchkit.diagnosis import diagnose
+
+        found = diagnose()
+        out.table("versions", ("package", "version"), [(n, v or "not installed") for n, v in found["versions"].items()])
+        out.table("devices", ("device", "what it is"), list(found["devices"].items()))
+        out.table("kernels", ("operator", *found["devices"]), _kernel_rows(found))
+        out.table("zoo", ("model", "what it is"), list(found["zoo"].items()))
+        for problem in found["problems"]:
+            out.note(problem)
+        out.data(found)
+
+
+def _kernel_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [(name, *(paths.get(d, "-") for d in found["devices"])) for name, paths in found["kernels"].items()]

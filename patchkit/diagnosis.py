@@ -1,0 +1,63 @@
+"""What ``patchkit doctor`` shows: versions, devices, and which path each kernel takes. Writes nothing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+from typing import Any
+
+from patchkit import loading, measure, zoo
+
+OPTIONAL = ("peft", "imageio", "imageio_ffmpeg", "skimage", "matplotlib")
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything as plain data; ``problems`` are sentences for the reader."""
+    problems: list[str] = []
+    found = {
+        "versions": measure.versions() | {name: _optional(name) for name in OPTIONAL},
+        "platform": platform.platform(),
+        "devices": {device: _describe(device) for device in loading.devices()},
+        "kernels": _kernels(problems),
+        "zoo": {f"zoo/{name}": zoo.describe(name) for name in zoo.names()},
+        "problems": problems,
+    }
+    for name in ("imageio", "imageio_ffmpeg"):
+        if found["versions"][name] is None:
+            problems.append(f'{name} is not installed, so no mp4 can be written: pip install "patchkit[video]"')
+    for name in zoo.names():
+        if not (zoo.path(name) / "model_index.json").is_file():
+            problems.append(f"the weights of zoo/{name} are missing from this installation")
+    return found
+
+
+def _optional(name: str) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return None
+    return str(getattr(importlib.import_module(name), "__version__", "installed"))
+
+
+def _describe(device: str) -> str:
+    import torch
+
+    if not device.startswith("cuda"):
+        return platform.processor() or platform.machine()
+    facts = torch.cuda.get_device_properties(torch.device(device))
+    return f"{facts.name}, compute {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
+
+
+def _kernels(problems: list[str]) -> dict[str, dict[str, str]]:
+    """Operator -> device -> path. The kernels say so themselves; this core knows none of them by name."""
+    kernels = importlib.import_module("patchkit.kernels")
+    paths = getattr(kernels, "paths", None)
+    if paths is None:
+        return {}
+    out: dict[str, dict[str, str]] = {}
+    for device in loading.devices():
+        try:
+            for name, path in paths(device).items():
+                out.setdefault(name, {})[device] = str(path)
+        except Exception as error:  # a broken kernel is what a doctor is for
+            problems.append(f"the kernels cannot say which path they take on {device}: {error}")
+    return out
