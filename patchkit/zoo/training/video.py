@@ -45,7 +45,7 @@ class Stage:
     frames: int
 
 
-STAGES = (Stage(1200, 64, 1), Stage(1400, 24, 4), Stage(700, 8, world.FRAMES))
+STAGES = (Stage(1150, 32, 1), Stage(1000, 16, 4), Stage(600, 8, world.FRAMES))
 
 
 def build_models(seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -70,12 +70,14 @@ def build_models(seed: int = 0) -> tuple[nn.Module, nn.Module]:
         max_text_seq_length=MAX_TOKENS,
         spatial_interpolation_scale=1.0,
         temporal_interpolation_scale=1.0,
+        use_rotary_positional_embeddings=True,
+        use_learned_positional_embeddings=True,
     )
     for block in denoiser.transformer_blocks:
         for norm in (block.norm1, block.norm2):  # start with open, unconditional gates
             nn.init.normal_(norm.linear.weight, std=0.02)
             nn.init.zeros_(norm.linear.bias)
-            shift, scale, gate, text_shift, text_scale, text_gate = norm.linear.bias.data.chunk(6)
+            _, _, gate, _, _, text_gate = norm.linear.bias.data.chunk(6)
             gate.fill_(0.5)
             text_gate.fill_(0.5)
     nn.init.zeros_(denoiser.proj_out.weight)
@@ -112,18 +114,34 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
+def rotary_table(denoiser: Any) -> tuple[Tensor, Tensor] | None:
+    """What ``CogVideoXPipeline`` hands the denoiser as ``image_rotary_emb`` for a whole clip."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    if not denoiser.config.use_rotary_positional_embeddings:
+        return None
+    grid = (LATENT_SIZE // 2, LATENT_SIZE // 2)
+    cos, sin = get_3d_rotary_pos_embed(denoiser.config.attention_head_dim, ((0, 0), grid), grid, world.FRAMES)
+    return cos, sin
+
+
 class FrameSubset:
     """Lets the denoiser see some frames of a clip at their true places in time (its position table is swapped)."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.patch_embed: Any = denoiser.patch_embed
         self.full: Tensor = self.patch_embed.pos_embedding
+        self.rotary = rotary_table(denoiser)
 
-    def select(self, frames: Tensor) -> None:
+    def select(self, frames: Tensor) -> tuple[Tensor, Tensor] | None:
         text, video = self.full[:, :MAX_TOKENS], self.full[:, MAX_TOKENS:]
         chosen = video.unflatten(1, (world.FRAMES, -1))[:, frames].flatten(1, 2)
         self.patch_embed.pos_embedding = torch.cat([text, chosen], dim=1)
         self.patch_embed.sample_frames = len(frames)
+        if self.rotary is None:
+            return None
+        cos, sin = (table.unflatten(0, (world.FRAMES, -1))[frames].flatten(0, 1) for table in self.rotary)
+        return cos, sin
 
     def restore(self) -> None:
         self.patch_embed.pos_embedding = self.full
@@ -139,7 +157,8 @@ class Run:
         self.denoiser, self.text = build_models(seed)
         self.model = nn.ModuleDict({"denoiser": self.denoiser, "text": self.text})
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        matrices = [p for n, p in self.denoiser.transformer_blocks.named_parameters() if p.ndim == 2 and "norm" not in n]
+        inner = self.denoiser.transformer_blocks.named_parameters()
+        matrices = [p for name, p in inner if p.ndim == 2 and "norm" not in name]
         taken = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in taken]
         self.optimisers: list[torch.optim.Optimizer] = [
@@ -209,9 +228,9 @@ class Run:
             for group in optimiser.param_groups:
                 group["lr"] = lr * self.rate()
             optimiser.zero_grad(set_to_none=True)
-        self.subset.select(frames)
+        rotary = self.subset.select(frames)
         embeds = self.text(ids).last_hidden_state
-        loss = F.mse_loss(self.denoiser(noisy, embeds, t, return_dict=False)[0], target)
+        loss = F.mse_loss(self.denoiser(noisy, embeds, t, image_rotary_emb=rotary, return_dict=False)[0], target)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
@@ -252,7 +271,8 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lr", type=float, default=0.02)
