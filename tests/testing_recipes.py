@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from patchkit import Recipe, recipe
-from patchkit.context import AttentionCall
 from pydantic import Field
 from torch import Tensor
+
+from patchkit import Recipe, recipe
+from patchkit.context import AttentionCall
 
 
 @recipe("dimming")
@@ -33,7 +34,7 @@ class Dimming(Recipe):
     summary: ClassVar[str] = "weakens attention"
     paper: ClassVar[str] = "none (arXiv 0000.00000)"
 
-    def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:  # noqa: A002
+    def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
         call.ledger.count("dimmed")
         call.ledger.note(density=self.density, recall=0.9)
         return next(call) * self.density
@@ -48,7 +49,7 @@ class Slow(Recipe):
 
     summary: ClassVar[str] = "sleeps"
 
-    def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:  # noqa: A002
+    def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
         time.sleep(self.seconds)
         return next(call)
 
@@ -62,7 +63,7 @@ class Failing(Recipe):
 
     summary: ClassVar[str] = "fails"
 
-    def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:  # noqa: A002
+    def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
         raise {"interrupt": KeyboardInterrupt, "runtime": RuntimeError, "value": ValueError}[self.error]("on purpose")
 
 
@@ -74,6 +75,6 @@ class Captioned(Recipe):
     summary: ClassVar[str] = "reads a caption"
     arguments: ClassVar[dict[str, str]] = {"caption": "a text"}
 
-    def run(self, call: Any, next: Callable[[Any], Any]) -> Any:  # noqa: A002
+    def run(self, call: Any, next: Callable[[Any], Any]) -> Any:
         call.ledger.note(caption=call.options.get("caption"))
         return next(call)
