@@ -1,1 +1,29 @@
-"""patchkit.kernels."""
+"""patchkit.kernels: attention operators over block layouts.
+
+    from patchkit.kernels import BlockLayout, block_sparse_attention, block_mass, merge_states, dense_attention
+
+One folder per operator: ``reference.py`` is the formula, ``blocked.py`` the fast plain-torch path, ``__init__.py`` the
+public operator, which picks the implementation. Depends on torch only.
+"""
+
+from .dense import dense_attention
+from .errors import GradientError, KernelTypeError, KernelValueError, LayoutError
+from .layout import BlockLayout, ElementRule
+from .mass import block_mass
+from .merge import merge_states
+from .sparse import Path, block_sparse_attention, choose_path
+
+__all__ = [
+    "BlockLayout",
+    "ElementRule",
+    "GradientError",
+    "KernelTypeError",
+    "KernelValueError",
+    "LayoutError",
+    "Path",
+    "block_mass",
+    "block_sparse_attention",
+    "choose_path",
+    "dense_attention",
+    "merge_states",
+]

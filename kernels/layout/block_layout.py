@@ -1,0 +1,343 @@
+"""BlockLayout: which key blocks each block of queries attends to.
+
+The index-list form (kept blocks, not a mask) is what block-sparse kernels loop over. Source of the use case: AdaSpa,
+arXiv 2502.21079; the same object serves static layouts, windows, segment masks and head routing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .rules import ElementRule, unpack_bits
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """Kept blocks of an attention pattern, per sample, head and query block. Immutable; build it with a constructor.
+
+    Leading dimensions B' and H' are 1 (shared) or the real batch / number of query heads. Nq = ceil(q_len / block_q),
+    Nk = ceil(kv_len / block_k).
+
+    Args:
+        block_q: query rows per block.
+        block_k: keys per block.
+        q_len: number of queries (the last block may be ragged).
+        kv_len: number of keys (the last block may be ragged).
+        kv_idx: (B', H', Nq, Kmax) int16 or int32, the FULL blocks of each row, ascending and unique; entries past
+            ``kv_num`` are ignored. int16 where Nk allows it: it halves the memory of a cached layout.
+        kv_num: (B', H', Nq) int32. A row with ``kv_num == number of valid key blocks`` is complete: its list is
+            implicit and not read, so Kmax does not grow to Nk because a few (text) rows attend to everything.
+        part_idx: (B', H', Nq, Pmax), the PARTIAL blocks: computed with the element rule below. None if there are none.
+        part_num: (B', H', Nq) int32.
+        part_bits: (B', H', Nq, Pmax, block_q, ceil(block_k / 64)) int64 row bits of the partial blocks, or None.
+        causal_offset: partial blocks keep key n for query i iff ``n <= i + causal_offset``; None for no diagonal.
+        q_seg: (q_len,) or (B, q_len) segment ids; partial blocks keep equal, non-negative ids. With ``kv_seg``.
+        kv_seg: (kv_len,) or (B, kv_len) segment ids.
+        kv_lens: (B,) int32 valid keys of each sample (right padding), or None. Blocks past it are never listed.
+
+    Several element rules together mean their conjunction.
+    """
+
+    block_q: int
+    block_k: int
+    q_len: int
+    kv_len: int
+    kv_idx: Tensor
+    kv_num: Tensor
+    part_idx: Tensor | None = None
+    part_num: Tensor | None = None
+    part_bits: Tensor | None = None
+    causal_offset: int | None = None
+    q_seg: Tensor | None = None
+    kv_seg: Tensor | None = None
+    kv_lens: Tensor | None = None
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def n_q(self) -> int:
+        """Number of query blocks Nq."""
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def n_k(self) -> int:
+        """Number of key blocks Nk."""
+        return -(-self.kv_len // self.block_k)
+
+    @property
+    def batch(self) -> int:
+        """B': 1, or the batch size."""
+        return self.kv_num.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """H': 1, or the number of query heads."""
+        return self.kv_num.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the index lists."""
+        return self.kv_num.device
+
+    @property
+    def part_mask(self) -> str:
+        """Kind of the element rule of partial blocks: "none", or "causal", "segments", "bits" joined by "+"."""
+        kinds = [("causal", self.causal_offset), ("segments", self.q_seg), ("bits", self.part_bits)]
+        return "+".join(name for name, value in kinds if value is not None) or "none"
+
+    @property
+    def rule(self) -> ElementRule:
+        """The element rule without the stored bits."""
+        return ElementRule(self.causal_offset, self.q_seg, self.kv_seg)
+
+    @cached_property
+    def valid_blocks(self) -> Tensor:
+        """(B', 1, 1) int32: key blocks a complete row of that sample has."""
+        if self.kv_lens is None:
+            return torch.full((1, 1, 1), self.n_k, dtype=torch.int32, device=self.device)
+        blocks = (self.kv_lens + self.block_k - 1) // self.block_k
+        if self.batch == 1:
+            blocks = blocks.amax().reshape(1)
+        return blocks.to(torch.int32).view(-1, 1, 1)
+
+    @cached_property
+    def listed(self) -> Tensor:
+        """(B', H', Nq) int32: blocks computed in each row, full and partial."""
+        return self.kv_num if self.part_num is None else self.kv_num + self.part_num
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(B' * H' * Nq,) int32 launch order of the flattened rows, longest first; equal rows keep their order."""
+        return torch.sort(self.listed.flatten(), descending=True, stable=True).indices.to(torch.int32)
+
+    # -- figures -------------------------------------------------------------------------------------------------
+
+    def density(self) -> float:
+        """Share of all blocks that are computed (partial blocks count whole), mean over samples and heads."""
+        return float(self.listed.sum(dtype=torch.int64)) / max(1, self.listed.numel() * self.n_k)
+
+    def nbytes(self) -> int:
+        """Bytes held by the tensors of this layout."""
+        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+
+    def flops(self, D: int, batch: int | None = None, heads: int | None = None) -> int:
+        """Multiply-add FLOPs (2 per pair and matmul, two matmuls) of one attention call with head size ``D``.
+
+        ``batch`` and ``heads`` are the real sizes where the layout is shared; they default to B' and H'.
+        """
+        share = ((batch or self.batch) // self.batch) * ((heads or self.heads) // self.heads)
+        return 4 * D * self.block_q * self.block_k * int(self.listed.sum(dtype=torch.int64)) * share
+
+    def kept_mass(self, W: Tensor) -> Tensor:
+        """Recall of the layout: share of the block masses ``W`` (B, H, Nq, Nk) it keeps, (B, H) fp32."""
+        from .convert import kept_mass
+
+        return kept_mass(self, W)
+
+    # -- conversions ---------------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str) -> BlockLayout:
+        """The same layout with its tensors on ``device``."""
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self._tensors().items()}
+        return self._like(dataclasses.replace(self, **moved))
+
+    def to_bool(self) -> Tensor:
+        """(B', H', Nq, Nk) bool: blocks that are computed, full or partial."""
+        from .convert import to_bool
+
+        return to_bool(self)
+
+    def to_bits(self) -> Tensor:
+        """:meth:`to_bool` packed along the keys into int64 words, for storage; :meth:`from_bits` reads it back."""
+        from .rules import pack_bits
+
+        return pack_bits(self.to_bool())
+
+    def element_mask(self) -> Tensor:
+        """(B', H', q_len, kv_len) bool: the pairs that attend. Quadratic; for tests and short sequences."""
+        from .convert import element_mask
+
+        return element_mask(self)
+
+    def to_flex(self) -> BlockMask:
+        """The same pattern as a FlexAttention ``BlockMask`` (usable as oracle and fall-back)."""
+        from .flex import to_flex
+
+        return to_flex(self)
+
+    def partial_bits(self, b: int, h: int, rows: Tensor) -> Tensor | None:
+        """Bool (R, Pmax, block_q, block_k) stored bits of rows ``rows`` (R,) of one (sample, head), or None."""
+        if self.part_bits is None:
+            return None
+        words = self.part_bits[b if self.batch > 1 else 0, h if self.heads > 1 else 0].index_select(0, rows)
+        return unpack_bits(words, self.block_k)
+
+    def validate(self) -> BlockLayout:
+        """Check the layout against itself and return it.
+
+        Raises:
+            LayoutError: sizes that contradict each other, indices out of range, not ascending, or listed twice.
+        """
+        from .check import check_layout
+
+        if not self.__dict__.get("_checked", False):
+            check_layout(self)
+            self.__dict__["_checked"] = True
+        return self
+
+    # -- constructors --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_bool(
+        cls,
+        keep: Tensor,
+        *,
+        block_q: int,
+        block_k: int,
+        q_len: int,
+        kv_len: int,
+        rule: ElementRule | None = None,
+        kv_lens: Tensor | None = None,
+    ) -> BlockLayout:
+        """From kept blocks ``keep`` (B', H', Nq, Nk) or (Nq, Nk) bool.
+
+        With an element ``rule``, kept blocks it allows only in part become partial and those it forbids are dropped.
+        """
+        from .build import from_bool
+
+        return from_bool(keep, block_q, block_k, q_len, kv_len, rule, kv_lens)
+
+    @classmethod
+    def from_bits(
+        cls,
+        bits: Tensor,
+        *,
+        block_q: int,
+        block_k: int,
+        q_len: int,
+        kv_len: int,
+        kv_lens: Tensor | None = None,
+    ) -> BlockLayout:
+        """From the int64 words (B', H', Nq, ceil(Nk / 64)) that :meth:`to_bits` wrote."""
+        keep = unpack_bits(bits, -(-kv_len // block_k))
+        return cls.from_bool(keep, block_q=block_q, block_k=block_k, q_len=q_len, kv_len=kv_len, kv_lens=kv_lens)
+
+    @classmethod
+    def from_topk(
+        cls,
+        W: Tensor,
+        k_per_head: int | Tensor,
+        forced: Tensor | None = None,
+        *,
+        block_q: int,
+        block_k: int,
+        q_len: int,
+        kv_len: int,
+        kv_lens: Tensor | None = None,
+    ) -> BlockLayout:
+        """Each row keeps its ``k`` blocks of largest mass, plus the forced ones.
+
+        Args:
+            W: (B', H', Nq, Nk) block masses (see ``block_mass``).
+            k_per_head: blocks per row: an int, or an integer tensor that broadcasts to (B', H').
+            forced: bool, broadcastable to W: blocks always kept. They take no part in the ranking and do not count
+                in ``k`` (AdaSpa: the budget covers video-video blocks, text blocks come on top).
+            block_q: query rows per block.
+            block_k: keys per block.
+            q_len: number of queries.
+            kv_len: number of keys.
+            kv_lens: (B,) valid keys per sample; blocks past them are never kept.
+
+        Ties go to the lower index; a NaN mass ranks last. Works head by head: no sort of all blocks at once.
+        """
+        from .select import from_topk
+
+        return from_topk(W, k_per_head, forced, block_q, block_k, q_len, kv_len, kv_lens)
+
+    @classmethod
+    def from_predicate(
+        cls,
+        predicate: Callable[[Tensor, Tensor], Tensor],
+        *,
+        block_q: int,
+        block_k: int,
+        q_len: int,
+        kv_len: int,
+        rule: ElementRule | None = None,
+        kv_lens: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> BlockLayout:
+        """From a function of block indices.
+
+        ``predicate(p, j)`` gets (Nq, 1) and (1, Nk) int64 and returns 0 (empty), 1 (partial) or 2 (full), or bool
+        (kept), broadcast to (..., Nq, Nk). Partial blocks follow ``rule``, which is then required.
+        """
+        from .build import from_predicate
+
+        return from_predicate(predicate, block_q, block_k, q_len, kv_len, rule, kv_lens, device)
+
+    @classmethod
+    def from_mask_mod(
+        cls,
+        mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+        *,
+        block_q: int,
+        block_k: int,
+        q_len: int,
+        kv_len: int,
+        batch: int = 1,
+        heads: int = 1,
+        kv_lens: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> BlockLayout:
+        """From FlexAttention's ``mask_mod(b, h, q, k) -> bool``, any element pattern: partial blocks store row bits."""
+        from .build import from_mask_mod
+
+        return from_mask_mod(mask_mod, block_q, block_k, q_len, kv_len, batch, heads, kv_lens, device)
+
+    @classmethod
+    def from_segments(
+        cls,
+        q_seg: Tensor,
+        kv_seg: Tensor,
+        *,
+        block_q: int,
+        block_k: int,
+        causal_offset: int | None = None,
+        kv_lens: Tensor | None = None,
+    ) -> BlockLayout:
+        """Queries see the keys of their own segment: ids (L,) or (B, L), negative for padding; optionally causal."""
+        from .build import from_bool
+
+        q_len, kv_len = q_seg.shape[-1], kv_seg.shape[-1]
+        keep = torch.ones(-(-q_len // block_q), -(-kv_len // block_k), dtype=torch.bool, device=q_seg.device)
+        rule = ElementRule(causal_offset, q_seg, kv_seg)
+        return from_bool(keep, block_q, block_k, q_len, kv_len, rule, kv_lens)
+
+    @classmethod
+    def from_flex(cls, block_mask: BlockMask) -> BlockLayout:
+        """From a FlexAttention ``BlockMask``; its partial blocks are evaluated once and stored as row bits."""
+        from .flex import from_flex
+
+        return from_flex(block_mask)
+
+    # -- internals -----------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: x for name, x in found.items() if isinstance(x, Tensor)}
+
+    def _like(self, other: BlockLayout) -> BlockLayout:
+        """Carry the 'already validated' note over to a copy."""
+        other.__dict__["_checked"] = self.__dict__.get("_checked", False)
+        return other
