@@ -8,8 +8,9 @@ from typing import Any
 
 from patchkit import registry
 from patchkit.adapters import adapter_for
-from patchkit.errors import InvalidOption, UnknownRecipe
-from patchkit.installation import Installation
+from patchkit.adapters.base import Adapter
+from patchkit.errors import Conflict, InvalidOption, UnknownRecipe
+from patchkit.installation import Installation, find
 from patchkit.patch import Patch
 from patchkit.planning import Plan, make_plan
 from patchkit.recipe_base import Recipe
@@ -32,19 +33,21 @@ def apply(target: Any, spec: Spec, **options: Any) -> Patch:
         UnknownRecipe, InvalidOption, RecipeFileError: the request is wrong.
         UnsupportedModel, NothingMatched, Conflict: it does not fit this target. Nothing has been changed then.
     """
-    return make_plan(target, resolve(spec, options), find(target), 50, None).apply()
+    return make_plan(target, resolve(spec, options), find(target), 50, None).carry_out()
 
 
-def plan(target: Any, spec: Spec, *, steps: int = 50, tokens: int | None = None, **options: Any) -> Plan:
+def plan(target: Any, spec: Spec, *, steps: Any = 50, tokens: int | None = None, **options: Any) -> Plan:
     """What :func:`apply` would do: sites and reasons, order, conflicts, predicted cost. Changes nothing.
 
     Args:
         target: as for :func:`apply`.
         spec: as for :func:`apply`.
-        steps: number of denoising steps to predict for.
+        steps: number of denoising steps to predict for. A pair is the recipe's own option, as for :func:`apply`.
         tokens: sequence length to predict for; default: the model's own default size.
-        options: as for :func:`apply`. (A recipe's own option ``steps`` is given by a :class:`Recipe` here.)
+        options: as for :func:`apply`.
     """
+    if not isinstance(steps, int):
+        options["steps"], steps = steps, 50
     return make_plan(target, resolve(spec, options), find(target), steps, tokens)
 
 
@@ -55,6 +58,7 @@ def status(target: Any) -> dict[str, Any]:
     return {
         "target": adapter.name,
         "patched": installation is not None,
+        "part_of": _whole(target, adapter),
         "recipes": [
             {
                 "recipe": b.recipe.name,
@@ -73,6 +77,11 @@ def remove(target: Any) -> list[str]:
     """Remove every patch from ``target``. Returns what had drifted; a target without patches is left alone."""
     installation = find(target)
     if installation is None:
+        whole = _whole(target, adapter_for(target))
+        if whole:
+            raise Conflict(
+                f"this {type(target).__name__} is patched as a part of a {whole}", remedy="remove the patch from that"
+            )
         return []
     drift: list[str] = []
     for owner in dict.fromkeys(b.owner for b in installation.bound):
@@ -81,14 +90,13 @@ def remove(target: Any) -> list[str]:
     return drift
 
 
-def find(target: Any) -> Installation | None:
-    """The installation on a target, also when asked through a wrapper of it."""
-    found = Installation.of(target)
-    if found is None:
-        adapter = adapter_for(target)
-        for obj in (adapter.outer, adapter.target):
-            found = found or Installation.of(obj)
-    return found
+def _whole(target: Any, adapter: Adapter) -> str | None:
+    """What ``target`` was patched as a part of, where it is not patched itself."""
+    for part in (target, adapter.target):
+        found = Installation.around(part)
+        if found is not None and not found.holds(part):
+            return found.adapter.name
+    return None
 
 
 def resolve(spec: Spec, options: dict[str, Any]) -> list[Recipe]:

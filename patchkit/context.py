@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from patchkit.sites import Site
 
 
+_NOTHING_LEFT = -9000.0  # -10000 is -9984 in bfloat16; exp of either is 0 in every dtype
+
+
 class Grid(NamedTuple):
     """The shape of the visual tokens, in tokens: images have one frame. Order in the sequence: frame, row, column."""
 
@@ -95,8 +98,9 @@ class AttentionCall:
     moment: Moment = field(default_factory=Moment)
     state: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger = None  # type: ignore[assignment]  # set before any recipe sees the call
-    extra: dict[str, Any] = field(default_factory=dict)  # the library's own arguments, handed through
-    weights: Tensor | None = None  # attention weights, where the library's function returned them
+    # the library's own arguments, handed through; shared by all copies of the call. The model's own op leaves the
+    # attention weights under "weights" where the library's function returns them
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int | None:
@@ -123,19 +127,21 @@ class AttentionCall:
     def key_padding(self) -> Tensor | None:
         """(B or 1, Nk) bool, True = a real key, if the mask only says which keys are padding; else None.
 
-        Additive masks count as padding masks when each entry is 0 or at most half of the dtype's minimum.
+        Additive masks count as padding masks when each entry is 0 or leaves nothing of a key; diffusers writes -10000.
         """
         if self.mask is None:
             return None
         mask = self.mask
         if mask.ndim == 2:
             mask = mask[:, None, None, :]
-        if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
+        if mask.ndim != 4 or mask.shape[2] != 1:
+            return None
+        if mask.shape[1] != 1 and not bool((mask == mask[:, :1]).all()):  # diffusers repeats it for each head
             return None
         mask = mask[:, 0, 0, :]
         if mask.dtype == torch.bool:
             return mask
-        blocked = mask <= torch.finfo(mask.dtype).min / 2
+        blocked = mask <= _NOTHING_LEFT
         return ~blocked if bool((blocked | (mask == 0)).all()) else None
 
 

@@ -23,8 +23,11 @@ def mark_of(obj: Any) -> Any:
 
 
 def original_class(obj: Any) -> type:
-    """The class that ``obj`` had before it was overridden."""
-    return type(obj).__mro__[1] if mark_of(obj) is not None else type(obj)
+    """The class that ``obj`` had before it was overridden, also when others have subclassed it again since."""
+    for cls in type(obj).__mro__:
+        if MARK in vars(cls):
+            return cls.__bases__[0]
+    return type(obj)
 
 
 def override(journal: Journal, owner: object, obj: Any, methods: dict[str, Callable[..., Any]], mark: Any) -> None:
@@ -34,11 +37,19 @@ def override(journal: Journal, owner: object, obj: Any, methods: dict[str, Calla
 
 
 def subclass(original: type, methods: dict[str, Callable[..., Any]], mark: Any) -> type:
-    """A subclass of ``original`` that looks like it and whose copies are plain ``original`` again."""
+    """A subclass of ``original`` that looks like it, and whose copies and new instances are plain ``original``."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # pipe.__class__(**pipe.components) and scheduler.__class__.from_config(...) are common: they make a new object
+        if MARK in vars(cls):
+            return original(*args, **kwargs)
+        return object.__new__(cls)  # somebody's subclass of ours
+
     body: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
+        "__new__": new,
         "__deepcopy__": _deepcopy,
         "__copy__": _copy,
         "__reduce_ex__": _refuse_pickle,
@@ -51,7 +62,7 @@ def subclass(original: type, methods: dict[str, Callable[..., Any]], mark: Any) 
 
 
 def _parts(obj: Any) -> tuple[Any, tuple[Any, ...], Any]:
-    original: Any = type(obj).__mro__[1]
+    original: Any = original_class(obj)
     # asking the original class: our own __reduce_ex__ refuses
     func, args, *rest = original.__reduce_ex__(obj, 4)
     args = tuple(original if a is type(obj) else a for a in args)
@@ -62,8 +73,7 @@ def _parts(obj: Any) -> tuple[Any, tuple[Any, ...], Any]:
     return func, args, state
 
 
-def _rebuild(func: Any, args: tuple[Any, ...], state: Any) -> Any:
-    new = func(*args)
+def _fill(new: Any, state: Any) -> Any:
     if state is not None:
         if hasattr(new, "__setstate__"):
             new.__setstate__(state)
@@ -77,18 +87,13 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     if len(args) == 1 and isinstance(args[0], type):  # the usual case: make it first, so that cycles find it
         new = func(*args)
         memo[id(self)] = new
-        state = copy.deepcopy(state, memo)
-        if hasattr(new, "__setstate__"):
-            new.__setstate__(state)
-        elif state is not None:
-            new.__dict__.update(state)
-        return new
-    return _rebuild(func, copy.deepcopy(args, memo), copy.deepcopy(state, memo))
+        return _fill(new, copy.deepcopy(state, memo))
+    return _fill(func(*copy.deepcopy(args, memo)), copy.deepcopy(state, memo))
 
 
 def _copy(self: Any) -> Any:
     func, args, state = _parts(self)
-    return _rebuild(func, args, dict(state) if isinstance(state, dict) else state)
+    return _fill(func(*args), dict(state) if isinstance(state, dict) else state)
 
 
 def _refuse_pickle(self: Any, protocol: Any) -> Any:

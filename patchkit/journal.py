@@ -31,7 +31,7 @@ def read(obj: Any, name: str) -> Any:
     return ABSENT
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """One write. ``take_back`` stands in for an attribute when the write was something else."""
 
@@ -41,6 +41,11 @@ class Entry:
     old: Any
     new: Any
     take_back: Callable[[], None] | None = None
+
+    @property
+    def place(self) -> str:
+        """How messages call it: by its site where it has one."""
+        return f"{getattr(self.owner, 'full_name', type(self.obj).__name__)}.{self.name}"
 
 
 class Journal:
@@ -71,27 +76,37 @@ class Journal:
         drift: list[str] = []
         mine = [e for e in self.entries if owner is None or e.owner is owner]
         for entry in reversed(mine):
-            if entry.take_back is not None:
-                entry.take_back()
-                continue
-            current = read(entry.obj, entry.name)
-            if current is entry.new:
-                if entry.old is ABSENT:
-                    delattr(entry.obj, entry.name)
-                else:
-                    setattr(entry.obj, entry.name, entry.old)
-            elif current is not entry.old:
-                drift.append(f"{type(entry.obj).__name__}.{entry.name} is now {_name(current)}: left as it is")
+            try:
+                what = _take_back(entry)
+            except Exception as error:  # one object that refuses must not keep the others patched
+                what = f"{entry.place} could not be taken back: {error}"
+            if what is not None:
+                drift.append(what)
         self.entries = [e for e in self.entries if e not in mine] if owner is not None else []
         return drift
 
     def drift(self) -> list[str]:
         """What others have replaced since we wrote it."""
         return [
-            f"{type(e.obj).__name__}.{e.name} is now {_name(read(e.obj, e.name))}"
+            f"{e.place} is now {_name(read(e.obj, e.name))}"
             for e in self.entries
             if e.take_back is None and read(e.obj, e.name) is not e.new
         ]
+
+
+def _take_back(entry: Entry) -> str | None:
+    if entry.take_back is not None:
+        entry.take_back()
+        return None
+    current = read(entry.obj, entry.name)
+    if current is entry.new:
+        if entry.old is ABSENT:
+            delattr(entry.obj, entry.name)
+        else:
+            setattr(entry.obj, entry.name, entry.old)
+    elif current is not entry.old:
+        return f"{entry.place} is now {_name(current)}: left as it is"
+    return None
 
 
 def _name(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from patchkit.errors import Conflict
 
 if TYPE_CHECKING:
-    from patchkit.installation import Bound
+    from patchkit.bound import Bound
 
 
 def ordered(bounds: list[Bound]) -> list[Bound]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from patchkit.bound import Bound
 from patchkit.errors import PatchkitError
-from patchkit.installation import Bound, Installation
-from patchkit.report import Report, make_report
+from patchkit.installation import Installation
+from patchkit.report import Report, make_report, no_report
 
 if TYPE_CHECKING:
     from patchkit.planning import Selection
@@ -24,7 +25,7 @@ class Patch:
     def __init__(self, installation: Installation, selections: list[Selection]) -> None:
         self._installation: Installation | None = installation
         self._bounds = [Bound(s.recipe, self, s.matched) for s in selections]
-        self._left = {s.recipe.name: s.reasons() for s in selections}
+        self._left = [s.reasons() for s in selections]
         self._last: Report | None = None
         fresh = not installation.bound
         before = set(installation.installed)
@@ -87,7 +88,10 @@ class Patch:
         if self._installation is None:
             return []
         installation = self._installation
-        self._last = self.report()
+        try:
+            self._last = self.report()
+        except Exception as error:  # reading figures off a broken device must not keep the model patched
+            self._last = no_report(installation.adapter.name, f"the report could not be made: {error}")
         self._installation = None
         drift = installation.leave(self)
         for what in drift:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from patchkit.adapters.base import Adapter, unwrap
+from patchkit.bound import Bound
 from patchkit.errors import Conflict, InvalidOption, NothingMatched, UnsupportedModel
-from patchkit.installation import Bound, Installation
+from patchkit.installation import Installation, find
 from patchkit.ordering import conflicts, ordered
 from patchkit.recipe_base import Recipe
 from patchkit.selection import Indices, matches
@@ -46,7 +47,12 @@ class Plan:
     order: list[str] = field(default_factory=list)
 
     def apply(self) -> Patch:
-        """Carry the plan out; raises :class:`Conflict` if it has problems."""
+        """Carry the plan out, on what the target is by now; raises :class:`Conflict` if it has problems."""
+        recipes = [s.recipe for s in self.selections]
+        return make_plan(self.target, recipes, find(self.target), self.steps, self.tokens).carry_out()
+
+    def carry_out(self) -> Patch:
+        """:meth:`apply`, right after the plan was made."""
         from patchkit.patch import Patch
 
         if self.problems:
@@ -122,7 +128,9 @@ def make_plan(
     target: Any, recipes: list[Recipe], installation: Installation | None, steps: int, tokens: int | None
 ) -> Plan:
     """Select sites for each recipe and look for conflicts; changes nothing."""
-    installation = installation or Installation(target)
+    if installation is None:
+        installation = Installation(target)
+        installation.check_free()
     adapter = installation.adapter
     selections = [select(recipe, installation) for recipe in recipes]
     plan = Plan(target, installation, selections, steps, tokens, foreign=adapter.foreign())
@@ -157,7 +165,7 @@ def select(recipe: Recipe, installation: Installation) -> Selection:
         else:
             left.append((site, reason))
     selection = Selection(recipe, matched, left)
-    if not matched and recipe.wraps("attend"):
+    if not matched and (recipe.wraps("attend") or recipe.selects()):
         reasons = "; ".join(f"{count} x {reason}" for reason, count in selection.reasons().items())
         raise NothingMatched(
             f"no attention site is left to patch ({reasons or 'the model has none'})",

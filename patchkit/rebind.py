@@ -41,8 +41,14 @@ def probe(processor: Any) -> str | None:
     return f"{name} calls neither F.{DIRECT} nor {DISPATCH}"
 
 
+def _own_class(processor: Any) -> type:
+    """Its class; for a processor that somebody kept beyond its patch, the class it had before."""
+    slot = instance.mark_of(processor)
+    return instance.original_class(processor) if isinstance(slot, Slot) and slot.closed else type(processor)
+
+
 def _call_function(processor: Any) -> types.FunctionType | None:
-    fn = inspect.getattr_static(type(processor), "__call__", None)
+    fn = inspect.getattr_static(_own_class(processor), "__call__", None)
     if not isinstance(fn, types.FunctionType) or hasattr(fn, "__wrapped__"):
         return None
     return None if fn.__qualname__.startswith("Module.") else fn
@@ -60,12 +66,12 @@ class Slot:
 
 def rebound(processor: Any, site: Site, slot: Slot) -> Any:
     """A copy of ``processor`` whose attention op is the chain of ``site``; shares the original's attributes."""
-    original = type(processor)
-    if original not in slot.classes:
-        slot.classes[original] = _make_class(original, slot)
     reason = probe(processor)
     if reason:
         raise UnsupportedModel(reason, site.full_name, "exclude this site")
+    original = _own_class(processor)
+    if original not in slot.classes:
+        slot.classes[original] = _make_class(original, slot)
     new = copy.copy(processor)
     new.__class__ = slot.classes[original]
     # past nn.Module's own __setattr__: neither may become a buffer or a submodule

@@ -88,6 +88,13 @@ class Recipe:
         """Stand around one denoiser forward. Returns what the denoiser returns."""
         raise NotImplementedError
 
+    def check_call(self, call: RunCall) -> None:
+        """Check the arguments of a pipeline call (``call.options`` are this recipe's own), before anything is computed.
+
+        Called for every recipe that overrides :meth:`run`, before the first of them runs.
+        Raise :class:`InvalidOption`.
+        """
+
     def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:
         """Stand around one pipeline call. Returns what the pipeline returns."""
         raise NotImplementedError
@@ -101,6 +108,10 @@ class Recipe:
     def wraps(self, level: str) -> bool:
         """Whether this recipe overrides ``level`` (``"attend"``, ``"denoise"`` or ``"run"``)."""
         return getattr(type(self), level) is not getattr(Recipe, level)
+
+    def selects(self) -> bool:
+        """Whether its options leave out some sites."""
+        return any(option is not None for option in (self.layers, self.targets, self.exclude))
 
     def options(self, *, defaults: bool = False) -> dict[str, Any]:
         """The options by name; without ``defaults`` only those that differ from their default."""
@@ -159,7 +170,8 @@ def _checked(cls: type[Recipe], name: str, adapter: Any, value: Any) -> Any:
 
     where = f"recipe {cls.name or cls.__name__!r}, option {name!r}"
     kinds = str(typing.get_type_hints(cls)[name])
-    if isinstance(value, bool) and "bool" not in kinds:  # pydantic would read True as 1
+    parts = value if isinstance(value, list | tuple) else [value]
+    if "bool" not in kinds and any(isinstance(v, bool) for v in parts):  # pydantic would read True as 1
         raise InvalidOption(f"{value} is not a value for {name!r}", where, f"give {_readable(kinds)}")
     try:
         return adapter.validate_python(value)

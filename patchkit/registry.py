@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+import threading
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 GROUP = "patchkit.recipes"  # entry-point group of third parties; the value names a recipe class or its module
 _recipes: dict[str, type[Recipe]] = {}
 _loaded = False
+_loading = threading.RLock()  # re-entrant: a recipe module may ask for the registry while it is imported
 
 
 def add(cls: type[Recipe]) -> None:
@@ -31,10 +33,14 @@ def add(cls: type[Recipe]) -> None:
 
 
 def _load() -> None:
+    with _loading:  # another thread must not find half a registry
+        if not _loaded:
+            _load_all()
+
+
+def _load_all() -> None:
     global _loaded
-    if _loaded:
-        return
-    _loaded = True  # before the imports: a recipe module may ask for the registry
+    _loaded = True  # before the imports, see above
     try:
         package = importlib.import_module("patchkit.recipes")
         for module in pkgutil.iter_modules(package.__path__, "patchkit.recipes."):
@@ -44,7 +50,10 @@ def _load() -> None:
         raise
     for point in entry_points(group=GROUP):
         try:
-            point.load()
+            found = point.load()
+            if isinstance(found, type) and issubclass(found, Recipe) and not found.name:
+                found.name = point.name  # not decorated: called as the entry point is
+                add(found)
         except Exception as error:  # somebody else's package must not take ours down; it is named instead
             logger.warning("recipe entry point %r (%s) could not be loaded: %s", point.name, point.value, error)
 

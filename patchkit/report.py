@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from patchkit.installation import Bound, Installation
+from patchkit.bound import Bound
+from patchkit.installation import Installation
 from patchkit.text import table
 
 
@@ -32,19 +33,22 @@ class Report:
         return "\n".join(lines)
 
 
-def make_report(
-    installation: Installation, bounds: list[Bound], left: dict[str, dict[str, int]], enabled: bool
-) -> Report:
+def make_report(installation: Installation, bounds: list[Bound], left: list[dict[str, int]], enabled: bool) -> Report:
     """Gather the ledgers of one patch."""
     return Report(
         {
             "target": installation.adapter.name,
             "enabled": enabled,
-            "recipes": [_recipe(b, left.get(b.recipe.name, {})) for b in bounds],
+            "recipes": [_recipe(b, reasons) for b, reasons in zip(bounds, left, strict=True)],
             "foreign": installation.adapter.foreign(),
             "drift": installation.drift(),
         }
     )
+
+
+def no_report(target: str, why: str) -> Report:
+    """Stands in where figures could not be read."""
+    return Report({"target": target, "enabled": False, "recipes": [], "foreign": [], "drift": [why]})
 
 
 def _recipe(bound: Bound, left: dict[str, int]) -> dict[str, Any]:

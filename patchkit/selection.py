@@ -76,6 +76,8 @@ class StepWindow:
         if steps is None:
             return cls(0.0, 1.0, always=True)
         start, stop = steps
+        if isinstance(start, float) and stop == 1:
+            stop = 1.0  # (0.2, 1) means up to the end, not up to the second step
         for value in (start, stop):
             if value < 0 or (isinstance(value, float) and value > 1):
                 raise InvalidOption(f"{value} is no step", where, "fractions in [0, 1] (floats) or step numbers (ints)")

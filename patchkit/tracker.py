@@ -57,6 +57,8 @@ class Tracker:
         self._frames: list[Frame] = []
         self._contexts: dict[str, str] = {}  # component -> name of the running cache_context
         self._loose: Frame | None = None
+        self._recent: list[Frame] = []  # of the last call, for checkpointed blocks that run again in the backward
+        self.blind = False  # whether a compiled graph ran where no call of the denoiser was seen
         self.clocked = False  # whether a scheduler tells the steps
         self.reset()
 
@@ -109,9 +111,14 @@ class Tracker:
         if cls not in self._signatures:
             self._signatures[cls] = inspect.signature(cls.forward)
         try:
-            return dict(self._signatures[cls].bind_partial(module, *args, **kwargs).arguments)
+            bound = self._signatures[cls].bind_partial(module, *args, **kwargs)
         except TypeError:  # the call itself is wrong: the module will say so better than we can
             return dict(kwargs)
+        named = dict(bound.arguments)
+        for name, parameter in bound.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named.update(named.pop(name, {}))
+        return named
 
     def moment(self, component: str, inputs: dict[str, Any]) -> Moment:
         """Step, total and branch of a denoiser call that is about to run."""
@@ -156,8 +163,7 @@ class Tracker:
     def language_moment(self, inputs: dict[str, Any]) -> tuple[bool, Moment]:
         """Whether a language model's forward begins a new sequence, and its step: 0 for that, then one a call."""
         cache: Any = inputs.get("past_key_values")
-        seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        fresh = not isinstance(seen, int) or seen == 0
+        fresh = not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) == 0  # a tensor in static caches
         self.step = 0 if fresh or self.step is None else self.step + 1
         if fresh:
             self.memory.clear()
@@ -175,6 +181,9 @@ class Tracker:
             yield
         finally:
             del self._frames[-len(frames) :]
+            self._recent = frames if torch.is_grad_enabled() else []
+            for frame in frames:
+                frame.ops.clear()
 
     def _grid(self, component: str, module: torch.nn.Module, inputs: dict[str, Any]) -> Grid | None:
         rule = self._grid_rules.get(component)
@@ -197,11 +206,15 @@ class Tracker:
 
     def fill(self, call: AttentionCall) -> None:
         """Tell an attention call where it is."""
-        for frame in reversed(self._frames):
+        known = self._frames
+        if not known and torch._C._current_graph_task_id() != -1:  # inside a backward pass
+            known = self._recent
+        for frame in reversed(known):
             if frame.component == call.site.component:
                 call.moment = frame.moment
                 self._place(call, frame, self.memory)
                 return
+        self.blind = self.blind or bool(call.extra.get("compiled"))
         # called outside any denoiser: vision towers are, before the decoder that uses them
         self._loose = self._loose or Frame("", Moment(self.step if self.clocked else None, self.total))
         call.moment = self._loose.moment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class Adapter(abc.ABC):
     def components(self) -> dict[str, torch.nn.Module]:
         """The models that are called once per step (or per forward), by name, as their caller holds them."""
 
+    def holders(self) -> dict[str, torch.nn.Module]:
+        """As :meth:`components`, but of a target that has lost them, what is left."""
+        return self.components()
+
     @abc.abstractmethod
     def sites(self) -> list[Site]:
         """Every attention module, in execution order, also those that cannot be patched."""
@@ -48,6 +53,10 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def install(self, site: Site, journal: Journal, owner: object, slot: Any) -> None:
         """Lead the op of ``site`` to its chain."""
+
+    def is_taken(self, site: Site) -> bool:
+        """Whether the op of ``site`` leads to another patch."""
+        return False
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -78,6 +87,19 @@ class Adapter(abc.ABC):
         return None
 
 
+def layers_of(module: Any) -> Iterator[Any]:
+    """``module`` and what the wrappers of ``torch.compile`` and peft hold, from the outside in."""
+    while True:
+        yield module
+        if hasattr(type(module), "get_base_model"):
+            module = module.get_base_model()
+        elif isinstance(module, torch.nn.Module) and "_orig_mod" in module._modules:
+            module = module._orig_mod
+        else:
+            return
+
+
 def unwrap(module: Any) -> Any:
-    """The module inside ``torch.compile``'s wrapper."""
-    return getattr(module, "_orig_mod", module)
+    """The model inside all wrappers."""
+    *_, inner = layers_of(module)
+    return inner

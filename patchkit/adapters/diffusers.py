@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from patchkit import rebind
+from patchkit import instance, rebind
 from patchkit.adapters.base import Adapter, unwrap
 from patchkit.adapters.table import DENOISERS, Denoiser
 from patchkit.context import AttentionCall, Grid, Span
@@ -36,14 +36,17 @@ class DiffusersAdapter(Adapter):
     def is_pipeline(self) -> bool:
         return self._pipeline
 
-    def components(self) -> dict[str, torch.nn.Module]:
+    def holders(self) -> dict[str, torch.nn.Module]:
         if not self._pipeline:
             return {"model": self.outer}
-        found = {
+        return {
             name: module
             for name, module in self.target.components.items()
             if isinstance(module, torch.nn.Module) and _DENOISER_NAME.fullmatch(name)
         }
+
+    def components(self) -> dict[str, torch.nn.Module]:
+        found = self.holders()
         if not found:
             raise UnsupportedModel(
                 f"{self.name} has no component called transformer, unet or the like",
@@ -62,6 +65,10 @@ class DiffusersAdapter(Adapter):
         processor = site.module.processor
         site.terminal = rebind.terminal(site, processor)
         journal.set(owner, site.module, "processor", rebind.rebound(processor, site, slot))
+
+    def is_taken(self, site: Site) -> bool:
+        slot = instance.mark_of(site.module.processor)
+        return isinstance(slot, rebind.Slot) and not slot.closed
 
     def close(self) -> None:
         """Nothing is shared between installations."""

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from patchkit.adapters.base import Adapter
 from patchkit.context import AttentionCall, Grid
+from patchkit.errors import PatchkitError, UnsupportedModel
 from patchkit.journal import Journal
 from patchkit.op import attend
 from patchkit.sites import Site, number_layers
 from patchkit.tracker import Frame
 
 NAME = "patchkit"
+# arguments of attention functions that change the numbers and that the compiled op has no place for
+_NOT_COMPILED = ("s_aux", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 _VISION = ("vision", "visual", "image_encoder", "vit.")
 
 
@@ -35,6 +38,8 @@ class TransformersAdapter(Adapter):
     def __init__(self, target: Any) -> None:
         if not isinstance(target, torch.nn.Module) and isinstance(getattr(target, "model", None), torch.nn.Module):
             target = target.model  # a transformers pipeline: its model is what runs
+        if not isinstance(target, torch.nn.Module):
+            raise UnsupportedModel(f"a {type(target).__name__} is no model", remedy="give the loaded model")
         super().__init__(target)
 
     def components(self) -> dict[str, torch.nn.Module]:
@@ -59,15 +64,14 @@ class TransformersAdapter(Adapter):
 
     def install(self, site: Site, journal: Journal, owner: object, slot: Any) -> None:
         _register()
-        config: Any = site.module.config
-        ours = copy.copy(config)
-        own = vars(ours)  # past the config's own __setattr__, which maps and validates names
-        own["_attn_implementation_internal"] = NAME
-        own["_patchkit_number"] = site.tensor
-        own["_patchkit_site"] = site
-        own["__deepcopy__"] = lambda memo: copy.deepcopy(config, memo)  # copies of the model are not patched
-        site.terminal = _terminal(site, _upstream(site.module, config._attn_implementation))
-        journal.set(owner, site.module, "config", ours)
+        # somebody may have kept a config of ours beyond its patch
+        config: Any = vars(site.module.config).get("_patchkit_original", site.module.config)
+        site.terminal = _terminal(site, config)
+        journal.set(owner, site.module, "config", _led(config, site, slot))
+
+    def is_taken(self, site: Site) -> bool:
+        slot = vars(site.module.config).get("_patchkit_slot")
+        return slot is not None and not slot.closed
 
     def close(self) -> None:
         """The registry entry stays: it does nothing for modules whose config does not name it."""
@@ -80,6 +84,26 @@ class TransformersAdapter(Adapter):
             call.visual = _visual(frame.inputs, self.target.config, call.k.shape[2], memory)
         else:
             call.grid = _patches(site.module.config, call.q.shape[2])
+
+
+def _led(config: Any, site: Site, slot: Any) -> Any:
+    """A copy of an attention module's config that leads to the site; written out or copied, it is the original."""
+
+    def refuse(protocol: Any) -> Any:
+        raise PatchkitError("a patched module cannot be pickled", site.full_name, "call patch.remove() first")
+
+    ours = copy.copy(config)
+    vars(ours).update(  # past the config's own __setattr__, which maps and validates names
+        _attn_implementation_internal=NAME,
+        _patchkit_number=site.tensor,
+        _patchkit_site=site,
+        _patchkit_slot=slot,
+        _patchkit_original=config,
+        to_dict=config.to_dict,
+        __deepcopy__=lambda memo: copy.deepcopy(config, memo),
+        __reduce_ex__=refuse,
+    )
+    return ours
 
 
 def _visual(inputs: dict[str, Any], config: Any, keys: int, memory: dict[str, Any]) -> Tensor | None:
@@ -150,14 +174,6 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def _upstream(module: torch.nn.Module, implementation: str) -> Callable[..., Any]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    home: Any = sys.modules[type(module).__module__]
-    eager: Any = getattr(home, "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-
-
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -174,6 +190,10 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if torch.compiler.is_compiling():
+        lost = [name for name in _NOT_COMPILED if kwargs.get(name) is not None]
+        if lost:
+            what = f"{', '.join(lost)} cannot go through a compiled patch"
+            raise UnsupportedModel(what, config._patchkit_site.full_name, "run uncompiled")
         window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
         out = attend(
             query,
@@ -196,14 +216,21 @@ def _attention(
     return out.transpose(1, 2), extra.get("weights")
 
 
-def _terminal(site: Site, upstream: Callable[..., Any]) -> Callable[[AttentionCall], Tensor]:
+def _terminal(site: Site, config: Any) -> Callable[[AttentionCall], Tensor]:
+    """The op that the module's own config names; asked at each call, because users set another one meanwhile."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    home: Any = sys.modules[type(site.module).__module__]
+    eager: Any = getattr(home, "eager_attention_forward", None)
+
     def model_op(call: AttentionCall) -> Tensor:
         extra = call.extra
         kwargs = dict(extra.get("kwargs", ()))
         if extra.get("compiled"):
             kwargs.update({name: extra[name] for name in ("sliding_window", "softcap") if name in extra})
         unchanged = call.causal == extra.get("causal")
-        out, call.weights = upstream(
+        upstream = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+        out, extra["weights"] = upstream(
             site.module,
             call.q,
             call.k,

@@ -1,0 +1,49 @@
+"""One recipe at work: tied to the sites it selected, with what it keeps and what it wrote down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from patchkit.ledger import Ledger
+from patchkit.recipe_base import Recipe
+from patchkit.selection import Indices, StepWindow
+from patchkit.sites import Site
+
+Key = tuple[str, str, str, int]  # component, site, branch, op index
+
+
+@dataclass(eq=False)
+class Bound:
+    """One recipe of one patch on its sites."""
+
+    recipe: Recipe
+    owner: object
+    sites: list[Site]
+    enabled: bool = True
+    window: StepWindow = field(init=False)
+    states: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    ledgers: dict[Key, Ledger] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.window = StepWindow.parse(self.recipe.steps, "steps")
+
+    def state(self, key: Key) -> dict[str, Any]:
+        """What the recipe keeps there until the run ends."""
+        return self.states.setdefault(key, {})
+
+    def ledger(self, key: Key) -> Ledger:
+        """What the recipe writes down there."""
+        if key not in self.ledgers:
+            self.ledgers[key] = Ledger()
+        return self.ledgers[key]
+
+    def heads(self, site: Site) -> frozenset[int]:
+        """The heads that the option ``heads`` selects at a site."""
+        return Indices.parse(self.recipe.heads, "heads").resolve(site.heads)
+
+    def covers(self, component: str) -> bool:
+        """Whether it stands around the calls of a denoiser: of all, or of those in which it selected sites."""
+        if not self.recipe.wraps("attend") and not self.recipe.selects():
+            return True
+        return any(site.component == component for site in self.sites)
