@@ -50,7 +50,7 @@ def build(folder: Path) -> Path:
     source = folder / "source"
     ignored = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, source, ignore=ignored)
-    step("wheel", [sys.executable, "-m", "build", "--wheel", "--outdir", folder / "dist", source], folder)
+    step("wheel", [sys.executable, "-m", "build", "--wheel", "--outdir", folder / "dist", source], folder, capture=True)
     (wheel,) = (folder / "dist").glob("*.whl")
     print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB", flush=True)
     return wheel
@@ -99,10 +99,12 @@ def step(name: str, command: list[str | Path], folder: Path, *, capture: bool = 
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE if capture else None,
+        stderr=subprocess.PIPE if capture else None,
         text=True,
         check=False,
     )
     if done.returncode:
+        print(done.stdout or "", done.stderr or "", flush=True)
         sys.exit(f"{name}: failed with exit code {done.returncode}")
     return done.stdout or ""
 

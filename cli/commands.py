@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from patchkit.cli import flags as flag
 from patchkit.cli import overrides
 from patchkit.cli.console import Debug, Json, Output, Quiet, heavy

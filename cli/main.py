@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from patchkit.cli import commands, scaffold, show
-from patchkit.cli.console import BAD_INPUT, INTERRUPTED
 from typer.core import TyperGroup
 
-_UsageError = typer.BadParameter.__mro__[1]  # typer names only its subclass in public
+from patchkit.cli import commands, scaffold, show
+from patchkit.cli.console import BAD_INPUT, INTERRUPTED, TERMINATED
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer names only its subclass in public
+
+
+class _Terminated(BaseException):
+    """The process is asked to end; unwinding takes patches off and unfinished files away."""
+
+
+def _on_termination() -> Any:
+    """Make a request to end unwind like Ctrl-C; returns what was there before, None outside the main thread."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    return signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
 
 
 class _Group(TyperGroup):
     """Gives every way out of a command its exit code: 0 ok, 1 failed, 2 bad input, 130 interrupted."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
-        extra.pop("standalone_mode", None)
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        previous = _on_termination()
         try:
-            result = super().main(args, prog_name or "patchkit", standalone_mode=False, **extra)
+            result = super().main(args, prog_name or "patchkit", complete_var, False, windows_expand_args, **extra)
             code = result if isinstance(result, int) else 0
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
+        except _Terminated:
+            code = TERMINATED
         except _UsageError as error:
             code = BAD_INPUT
             _usage(error)
-        if code == INTERRUPTED:
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+        if code in (INTERRUPTED, TERMINATED):
             typer.echo("\nstopped; no unfinished file is left", err=True)
         sys.exit(code)
 

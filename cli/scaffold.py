@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from patchkit.cli.console import Debug, Json, Output, Quiet, heavy
 
 RECIPE = '''"""{title}: what it does, for whom.

@@ -7,6 +7,7 @@ import re
 from typing import Annotated, Any
 
 import typer
+
 from patchkit.cli.console import Debug, Json, Output, Quiet, heavy
 
 

@@ -15,8 +15,9 @@ OPTIONAL = ("peft", "imageio", "imageio_ffmpeg", "skimage", "matplotlib")
 def diagnose() -> dict[str, Any]:
     """Everything as plain data; ``problems`` are sentences for the reader."""
     problems: list[str] = []
-    found = {
-        "versions": measure.versions() | {name: _optional(name) for name in OPTIONAL},
+    versions = measure.versions() | {name: _optional(name) for name in OPTIONAL}
+    found: dict[str, Any] = {
+        "versions": versions,
         "platform": platform.platform(),
         "devices": {device: _describe(device) for device in loading.devices()},
         "kernels": _kernels(problems),
@@ -24,7 +25,7 @@ def diagnose() -> dict[str, Any]:
         "problems": problems,
     }
     for name in ("imageio", "imageio_ffmpeg"):
-        if found["versions"][name] is None:
+        if versions[name] is None:
             problems.append(f'{name} is not installed, so no mp4 can be written: pip install "patchkit[video]"')
     for name in zoo.names():
         if not (zoo.path(name) / "model_index.json").is_file():

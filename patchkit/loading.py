@@ -201,7 +201,7 @@ def _load_text(spec: ModelSpec, dtype: Any, device: str) -> Loaded:
         raise InvalidOption("offload is for diffusers pipelines", spec.id, "leave it out for a text model")
     options = _chosen(revision=spec.revision, variant=spec.variant)
     tokenizer = AutoTokenizer.from_pretrained(spec.id, **_chosen(revision=spec.revision))
-    model = AutoModelForCausalLM.from_pretrained(spec.id, **options, **_chosen(dtype=dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(spec.id, **options, **_chosen(dtype=dtype))
     return Loaded(model.to(device).eval(), "text", tokenizer=tokenizer)
 
 

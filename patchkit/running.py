@@ -11,7 +11,7 @@ from typing import Any
 
 from patchkit import calls, loading, measure, outputs
 from patchkit.calls import Produced
-from patchkit.errors import Conflict, InvalidOption, PatchkitError
+from patchkit.errors import Conflict, InvalidOption
 from patchkit.files import RecipeFile
 from patchkit.loading import Loaded
 from patchkit.recipe_base import Recipe
@@ -215,7 +215,7 @@ def _warm_up(job: Job, loaded: Loaded, inputs: Mapping[str, Any], say: Say, note
         try:
             with _silent(), _patched(loaded, variant):
                 seconds[variant.label] = round(calls.call(loaded, arguments, label="warm-up", bars=False).seconds, 4)
-        except PatchkitError as error:  # a recipe may need more steps than these
+        except InvalidOption as error:  # a recipe may need more steps than these
             notes.append(f"{variant.label} was timed without a warm-up: {error.what}")
     return {"steps": steps, "seconds": seconds}
 

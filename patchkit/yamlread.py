@@ -129,17 +129,18 @@ def _refuse_surprises(text: str, source: str) -> None:
     depth = documents = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            place = f"{source}:{event.start_mark.line + 1}"
+            place = f"{source}:{event.start_mark.line + 1}" if event.start_mark else source
+            anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
                     raise RecipeFileError("a second document starts here", place, "one recipe file, one document")
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            if anchor:
                 raise RecipeFileError(
-                    f"references (&{event.anchor}, *{event.anchor}) are not allowed", place, "write the value out"
+                    f"references (&{anchor}, *{anchor}) are not allowed", place, "write the value out"
                 )
-            if getattr(event, "tag", None):
-                raise RecipeFileError(f"the tag {event.tag!r} is not allowed", place, "leave the tag out")
+            if tag:
+                raise RecipeFileError(f"the tag {tag!r} is not allowed", place, "leave the tag out")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,11 +60,13 @@ class Slow(Recipe):
 class Failing(Recipe):
     """Raises in the first attention op."""
 
-    error: Literal["interrupt", "runtime", "value"] = "runtime"
+    error: Literal["interrupt", "end", "runtime", "value"] = "runtime"
 
     summary: ClassVar[str] = "fails"
 
     def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
+        if self.error == "end":
+            signal.raise_signal(signal.SIGTERM)
         raise {"interrupt": KeyboardInterrupt, "runtime": RuntimeError, "value": ValueError}[self.error]("on purpose")
 
 

@@ -1,0 +1,1 @@
+"""Recipe files that come with patchkit; `patchkit run NAME` runs one."""

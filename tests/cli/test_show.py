@@ -1,0 +1,110 @@
+"""The commands that only tell."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import patchkit
+from patchkit.cli import show
+from patchkit.schema import schema
+
+COMMANDS = ["run", "compare", "plan", "list", "info", "doctor", "schema", "new-recipe"]
+
+
+def test_help(cli):
+    for arguments in (["--help"], ["-h"], []):
+        result = cli(*arguments)
+        assert result.exit_code == 0
+        for command in COMMANDS:
+            assert command in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_commands(cli, command):
+    result = cli(command, "--help")
+    assert result.exit_code == 0
+    assert f"patchkit {command}" in result.stdout
+
+
+def test_flags_bear_the_names_that_diffusers_gives_them(cli):
+    text = " ".join(cli("run", "--help").stdout.split())
+    for flag in ("--model", "-m", "--dtype", "--variant", "--revision", "--output", "-o", "--seed", "--fps"):
+        assert flag in text
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from patchkit.cli.main import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'pydantic', 'triton'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version(cli):
+    assert cli("--version").stdout == f"patchkit {patchkit.__version__}\n"
+
+
+def test_list(cli):
+    text = cli("list").stdout
+    assert "adaspa" in text
+    assert "patchkit run adaspa" in text
+    rows = {row["name"]: row for row in json.loads(cli("list", "--json").stdout)}
+    assert rows["dimming"]["summary"] == "weakens attention"
+    assert "| `dimming` | weakens attention | none (arXiv 0000.00000) |  |" in cli("list", "--markdown").stdout
+
+
+def test_info(cli):
+    result = cli("info", "adaspa")
+    assert result.exit_code == 0, result.output
+    for word in ("density", "2502.21079", "patchkit run adaspa", "version: 1", "number > 0, <= 1"):
+        assert word in result.stdout
+    options = {o["name"]: o for o in json.loads(cli("info", "dimming", "--json").stdout)["options"]}
+    assert options["density"] == {
+        "name": "density",
+        "takes": "number > 0, <= 1",
+        "default": 0.5,
+        "meaning": "what remains of the output.",
+    }
+    assert options["factors"]["meaning"] == "means nothing either, on two lines."
+    assert options["layers"]["meaning"].startswith("block numbers")
+    assert options["mode"]["takes"] == '"soft" | "no" | "1e-3"'
+
+
+def test_doctor_writes_nothing(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cli("doctor")
+    assert result.exit_code == 0, result.output
+    assert "torch" in result.stdout
+    found = json.loads(cli("doctor", "--json").stdout)
+    assert found["versions"]["patchkit"] == patchkit.__version__
+    assert "cpu" in found["devices"]
+    assert "zoo/video" in found["zoo"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schema(cli):
+    assert json.loads(cli("schema").stdout) == json.loads(json.dumps(schema()))
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "integer", "minimum": 1, "exclusiveMaximum": 9}, "integer >= 1, < 9"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "string | null"),
+        ({"type": "array", "items": {"type": "integer"}}, "[integer, ...]"),
+        ({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "number"}]}, "[integer, number]"),
+        ({"const": "a"}, '"a"'),
+        ({}, "value"),
+    ],
+)
+def test_types_in_words(part, words):
+    assert show.readable(part) == words
