@@ -148,7 +148,7 @@ def _build(document: Document, path: Keys, name: str, options: dict[str, Any]) -
     if name not in known:
         raise RecipeFileError(f"there is no recipe {name!r}", document.where(path), nearest(name, known))
     for option in options:
-        fields = known[name].__dataclass_fields__
+        fields = [f.name for f in dataclasses.fields(known[name])]
         if option not in fields:
             raise RecipeFileError(
                 f"recipe {name!r} has no option {option!r}", document.where((*path, option)), nearest(option, fields)
