@@ -40,8 +40,7 @@ def as_tensor(frames: Any) -> Tensor:
     if isinstance(frames, Tensor):
         pixels = frames.detach().cpu()
     else:
-        array = np.asarray(frames.convert("RGB") if hasattr(frames, "convert") else frames)
-        pixels = torch.as_tensor(np.ascontiguousarray(array))
+        pixels = torch.from_numpy(np.array(frames.convert("RGB") if hasattr(frames, "convert") else frames))
         if pixels.ndim in (3, 4) and pixels.shape[-1] == 3:
             pixels = pixels.movedim(-1, -3)
     if pixels.ndim == 3:
@@ -98,9 +97,10 @@ def save_video(frames: Any, path: str | Path, fps: int = 8, scale: int | None = 
     pixels = _bytes(_even(enlarge(as_tensor(frames), scale)))
     with replacing(path) as part:
         options = ["-preset", "slow", "-crf", "14"]
-        with imageio.get_writer(
+        writer: Any = imageio.get_writer(
             part, format="FFMPEG", fps=fps, codec="libx264", macro_block_size=1, output_params=options
-        ) as writer:
+        )
+        with writer:
             for frame in pixels:
                 writer.append_data(frame)
     return Path(path)

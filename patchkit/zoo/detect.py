@@ -202,13 +202,12 @@ def _shape(cover: Tensor) -> tuple[str, float, float]:
         radius = (area / _UNIT_AREA[name]).sqrt()
         fits = []
         for grow in (0.94, 1.0, 1.06):
-            for ox in (-0.7, 0.0, 0.7):
-                for oy in (-0.7, 0.0, 0.7):
-                    dx = axis_x.view(1, 1, -1) - (x + ox).view(-1, 1, 1)
-                    dy = axis_y.view(1, -1, 1) - (y + oy).view(-1, 1, 1)
-                    template = (0.5 - world.distance(name, dx, dy, (grow * radius).view(-1, 1, 1))).clamp(0, 1)
-                    both = torch.minimum(template, cover).sum(dim=(1, 2))
-                    fits.append(both / torch.maximum(template, cover).sum(dim=(1, 2)))
+            for ox, oy in ((0.0, 0.0), (-0.7, 0.0), (0.7, 0.0), (0.0, -0.7), (0.0, 0.7)):
+                dx = axis_x.view(1, 1, -1) - (x + ox).view(-1, 1, 1)
+                dy = axis_y.view(1, -1, 1) - (y + oy).view(-1, 1, 1)
+                template = (0.5 - world.distance(name, dx, dy, (grow * radius).view(-1, 1, 1))).clamp(0, 1)
+                both = torch.minimum(template, cover).sum(dim=(1, 2))
+                fits.append(both / (template.sum(dim=(1, 2)) + area - both))  # soft IoU
         best[name] = torch.stack(fits).max(dim=0).values.mean().item()
     first, second = sorted(best, key=lambda k: -best[k])[:2]
     if best[first] < MIN_IOU:

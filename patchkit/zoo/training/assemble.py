@@ -47,6 +47,8 @@ def save(pipe: Any, out: Path) -> int:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".assemble-") as scratch:
         new = Path(scratch) / "new"
         pipe.to(torch.float16).save_pretrained(new)
+        for file in new.rglob("*.safetensors"):
+            file.chmod(0o644)  # they are written private, and a package is for all
         if out.exists():
             shutil.rmtree(out)
         new.rename(out)

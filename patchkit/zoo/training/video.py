@@ -48,13 +48,13 @@ class Stage:
 STAGES = (Stage(1150, 32, 1), Stage(1000, 16, 4), Stage(600, 8, world.FRAMES))
 
 
-def build_models(seed: int = 0) -> tuple[nn.Module, nn.Module]:
+def build_models(seed: int = 0) -> tuple[Any, Any]:
     """The untrained ``CogVideoXTransformer3DModel`` and ``T5EncoderModel`` of zoo/video."""
     from diffusers import CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
-    denoiser = CogVideoXTransformer3DModel(
+    denoiser: Any = CogVideoXTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=32,
         in_channels=3,
@@ -98,7 +98,8 @@ def noise_levels() -> Tensor:
     """alpha_bar of the 1,000 training steps; the pipeline's scheduler is built with the same values."""
     from diffusers import CogVideoXDDIMScheduler
 
-    return CogVideoXDDIMScheduler(**SCHEDULER).alphas_cumprod.float()
+    scheduler: Any = CogVideoXDDIMScheduler(**SCHEDULER)
+    return scheduler.alphas_cumprod.float()
 
 
 SCHEDULER: dict[str, Any] = {
@@ -128,7 +129,7 @@ def rotary_table(denoiser: Any) -> tuple[Tensor, Tensor] | None:
 class FrameSubset:
     """Lets the denoiser see some frames of a clip at their true places in time (its position table is swapped)."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: Any) -> None:
         self.patch_embed: Any = denoiser.patch_embed
         self.full: Tensor = self.patch_embed.pos_embedding
         self.rotary = rotary_table(denoiser)

@@ -38,7 +38,7 @@ def build_vae(seed: int = 0) -> Any:
     from diffusers import AutoencoderKLCogVideoX
 
     torch.manual_seed(seed)
-    vae = AutoencoderKLCogVideoX(
+    vae: Any = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 3,
         up_block_types=("CogVideoXUpBlock3D",) * 3,
         block_out_channels=CHANNELS,
