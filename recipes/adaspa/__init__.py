@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from patchkit.recipes.adaspa import compute
-from patchkit.recipes.adaspa.schedule import Schedule, plan
-from patchkit.recipes.adaspa.selection import Geometry, choose
 from pydantic import Field
 from torch import Tensor
 
@@ -19,6 +16,9 @@ from patchkit import kernels
 from patchkit.context import AttentionCall
 from patchkit.errors import InvalidOption
 from patchkit.recipe_base import Recipe, recipe
+from patchkit.recipes.adaspa import compute
+from patchkit.recipes.adaspa.schedule import Schedule, plan
+from patchkit.recipes.adaspa.selection import Geometry, choose
 from patchkit.selection import Indices, StepWindow
 from patchkit.sites import Site
 
@@ -165,7 +165,7 @@ class AdaSpa(Recipe):
             call.ledger.count("cached_search")
         call.ledger.count("sparse")
         with call.ledger.time("sparse", call.q.device):
-            return compute.sparse(call, geometry, state["layout"], state["heads"])
+            return compute.sparse(call, geometry, state["layout"])
 
     def _obstacle(self, call: AttentionCall, schedule: Schedule | None) -> str | None:
         """Why this op cannot be AdaSpa's at any step, as far as this can be said without waiting for the device."""
@@ -209,7 +209,7 @@ class AdaSpa(Recipe):
         heads = compute.pick_heads(Indices.parse(self.heads, "heads").resolve(call.q.shape[1]), call)
         with call.ledger.time("dense", call.q.device):
             out, lse = compute.dense_with_lse(call, next, geometry)
-        call.state.update(heads=heads, key=_key(call, geometry), lse=lse[:, heads])
+        call.state.update(heads=heads, key=_key(call, geometry), lse=lse[:, heads].clone())
         self._search(call, geometry, schedule)
         call.ledger.ran_dense(reason)
         call.ledger.count("fused_search")
@@ -231,19 +231,23 @@ class AdaSpa(Recipe):
                 adaptive=self.head_adaptive,
                 mode=self.selection,
             )
-            layout = compute.make_layout(choice, geometry, call.q.device)
+            layout = compute.make_layout(choice, geometry, call, heads)
         state.update(layout=layout, k_h=choice.k, searched=call.step)
         if not self._search_follows(schedule, state["step"]):
             del state["lse"]
         ledger.count("searches")
         ledger.note(
             density=_all_heads(choice.density, call, heads),
-            actual_density=_all_heads(compute.actual_density(layout, geometry), call, heads),
+            actual_density=compute.actual_density(layout),
             recall=_all_heads(choice.recall, call, heads),
             k=choice.k,
             layout_bytes=layout.nbytes(),
             lse_bytes=state["lse"].nbytes if "lse" in state else 0,
         )
+        path = kernels.choose_path(layout, call.q.shape[-1], call.q.dtype, call.q.device)
+        ledger.note(path=f"{path.name}: {path.reason}")  # short sequences are computed dense under a mask
+        if self.heads is not None:
+            ledger.note(dense_heads=call.q.shape[1] - choice.k.shape[1])
 
     def _masses(self, call: AttentionCall, geometry: Geometry, refresh: bool) -> Iterator[Tensor]:
         """Masses of some heads after others, (B, h, Nq, Nk). With ``refresh`` the LSE is corrected on the way."""

@@ -1,15 +1,15 @@
-"""The dense pass with its LSE, and the sparse op put together from video rows, text rows and unselected heads."""
+"""From a choice of blocks to kernels: the dense pass with its LSE, the layout, the sparse pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from patchkit.recipes.adaspa.selection import Choice, Geometry
 from torch import Tensor
 
 from patchkit import kernels
 from patchkit.context import AttentionCall
+from patchkit.recipes.adaspa.selection import Choice, Geometry
 
 Heads = slice | Tensor
 
@@ -44,24 +44,29 @@ def real_queries(geometry: Geometry, device: torch.device) -> Tensor:
     return real.roll(geometry.shift, -1)
 
 
-def make_layout(choice: Choice, geometry: Geometry, device: torch.device) -> kernels.BlockLayout:
-    """The kept blocks of the rows without text, as index lists; text blocks are in every row."""
+def make_layout(choice: Choice, geometry: Geometry, call: AttentionCall, heads: Heads) -> kernels.BlockLayout:
+    """Index lists of the kept blocks. Rows with text and heads that are not selected are complete.
+
+    The layout stores complete rows by their length alone, so they make no list longer.
+    """
+    blocks = geometry.with_text(choice.kept)
+    if blocks.shape[1] != call.q.shape[1]:
+        selected = blocks
+        blocks = blocks.new_ones(blocks.shape[0], call.q.shape[1], *geometry.counts)
+        blocks[:, heads] = selected
     return kernels.BlockLayout.from_bool(
-        geometry.with_text(choice.kept),
+        blocks,
         block_q=geometry.block[0],
         block_k=geometry.block[1],
-        q_len=len(geometry.span),
+        q_len=geometry.tokens,
         kv_len=geometry.tokens,
-        kv_lens=lengths_tensor(geometry, device),
+        kv_lens=lengths_tensor(geometry, call.q.device),
     )
 
 
-def actual_density(layout: kernels.BlockLayout, geometry: Geometry) -> Tensor:
+def actual_density(layout: kernels.BlockLayout) -> Tensor:
     """(B, H): share of all real blocks that are computed, rows and columns of text included."""
-    video = layout.kv_num.sum(-1, dtype=torch.float32)
-    real = torch.tensor(geometry.real_blocks(), dtype=torch.float32, device=video.device)[:, None]
-    rows = geometry.counts[0]
-    return (video + (rows - layout.kv_num.shape[-1]) * real) / (rows * real)
+    return layout.listed.sum(-1, dtype=torch.float32) / (layout.valid_blocks[..., 0] * layout.n_q)
 
 
 def dense_with_lse(
@@ -77,7 +82,7 @@ def dense_with_lse(
     """
     q, scale = call.q, call.scale
     k, v = keys(call.k, geometry, q.shape[1]), keys(call.v, geometry, q.shape[1])
-    out, lse = dense_rows(q, k, v, geometry, scale)
+    out, lse = dense_pass(q, k, v, geometry, scale)
     if call.mask is None and next is getattr(call.site, "terminal", None):
         one = next(call.replace(q=q[:1, :1], k=k[:1, :1], v=v[:1, :1]))
         if torch.equal(one, out[:1, :1]):
@@ -85,8 +90,8 @@ def dense_with_lse(
     return next(call), lse
 
 
-def dense_rows(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Dense attention of some rows and its LSE. Padding is cut off instead of masked: a mask keeps torch from flash."""
+def dense_pass(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Dense attention and its LSE. Padding is cut off instead of masked: a mask keeps torch from flash."""
     if geometry.lengths is None:
         return kernels.dense_attention(q, k, v, scale=scale, return_lse=True)
     if len(set(geometry.lengths)) == 1:
@@ -100,25 +105,8 @@ def dense_rows(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float
     return torch.cat(outs), torch.cat(lses)
 
 
-def sparse(call: AttentionCall, geometry: Geometry, layout: kernels.BlockLayout, heads: Heads) -> Tensor:
-    """Kept blocks for the video rows of the selected heads, everything for the other rows and heads.
-
-    Rows with text see all keys. They run apart, because one list of full length would make every list as long.
-    """
-    q, count = call.q, call.q.shape[1]
-    k, v = keys(call.k, geometry, count), keys(call.v, geometry, count)
-    start, stop = geometry.span
-    video = q[:, :, start:stop]
-    out = kernels.block_sparse_attention(video[:, heads], k[:, heads], v[:, heads], layout, scale=call.scale)
-    if out.shape[1] != count:
-        chosen = torch.zeros(count, dtype=torch.bool, device=q.device)
-        chosen[heads] = True
-        rest = (~chosen).nonzero()[:, 0]
-        whole = out.new_empty(out.shape[0], count, *out.shape[2:])
-        whole[:, heads] = out
-        whole[:, rest] = dense_rows(video[:, rest], k[:, rest], v[:, rest], geometry, call.scale)[0]
-        out = whole
-    if (start, stop) == (0, geometry.tokens):
-        return out
-    text = [dense_rows(part, k, v, geometry, call.scale)[0] for part in (q[:, :, :start], q[:, :, stop:])]
-    return torch.cat([text[0], out, text[1]], dim=2)
+def sparse(call: AttentionCall, geometry: Geometry, layout: kernels.BlockLayout) -> Tensor:
+    """Attention over the kept blocks, renormalised; nothing stands in for what was dropped."""
+    heads = call.q.shape[1]
+    k, v = keys(call.k, geometry, heads), keys(call.v, geometry, heads)
+    return kernels.block_sparse_attention(call.q, k, v, layout, scale=call.scale)

@@ -200,28 +200,15 @@ class Geometry:
         return cls(tokens, block, rows, columns, lengths, shift)
 
     @property
-    def span(self) -> Span:
-        """Query tokens of the rows without text."""
-        return Span(self.rows[0] * self.block[0], min(self.rows[1] * self.block[0], self.tokens))
-
-    @property
     def counts(self) -> tuple[int, int]:
         """Query and key blocks of the whole sequence."""
         return -(-self.tokens // self.block[0]), -(-self.tokens // self.block[1])
 
-    def real_blocks(self) -> list[int]:
-        """Key blocks with at least one real key: one number per sample, or a single one for all."""
-        return [-(-n // self.block[1]) for n in self.lengths or (self.tokens,)]
-
     def with_text(self, video: Tensor) -> Tensor:
-        """A mask over video blocks (B, H, R, C) as one over all key blocks, with every real text block kept."""
-        batch, heads, rows, _ = video.shape
-        total = self.counts[1]
-        mask = torch.ones(batch, heads, rows, total, dtype=torch.bool, device=video.device)
-        mask[..., self.columns[0] : self.columns[1]] = video
-        if self.lengths is not None:
-            for sample, real in enumerate(self.real_blocks()):
-                mask[sample, ..., real:] = False
+        """A mask over video blocks (B, H, R, C) as one over all blocks: those that touch text are kept."""
+        batch, heads = video.shape[:2]
+        mask = torch.ones(batch, heads, *self.counts, dtype=torch.bool, device=video.device)
+        mask[..., self.rows[0] : self.rows[1], self.columns[0] : self.columns[1]] = video
         return mask
 
 
