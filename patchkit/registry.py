@@ -83,3 +83,34 @@ def describe(cls: type[Recipe]) -> dict[str, Any]:
         "models": list(cls.models),
         "module": cls.__module__,
     }
+
+
+# short name of a model, as recipes list those they are tested on -> how people write it
+TITLES = {
+    "cogvideox": "CogVideoX",
+    "hunyuanvideo": "HunyuanVideo",
+    "wan": "Wan 2.1 / 2.2",
+    "mochi": "Mochi",
+    "ltx": "LTX",
+    "flux": "FLUX",
+    "sd3": "SD3 / 3.5",
+    "qwenimage": "Qwen-Image",
+    "sd": "SD 1.5 / SDXL",
+    "pixart": "PixArt",
+    "sana": "Sana",
+}
+
+
+def markdown() -> str:
+    """The recipes as a table of methods and models, with a tick where a recipe's tests cover the model."""
+    recipes = [cls for cls in all_recipes().values() if cls.__module__.startswith("patchkit.recipes")]
+    known = {model for cls in recipes for model in cls.models}
+    models = [m for m in TITLES if m in known] + sorted(known - TITLES.keys())
+    lines = [
+        "| method | " + " | ".join(TITLES.get(m, m) for m in models) + " |",
+        "|---|" + ":-:|" * len(models),
+    ]
+    for cls in recipes:
+        ticks = " | ".join("✓" if m in cls.models else "" for m in models)
+        lines.append(f"| `{cls.name}`: {cls.summary}. *{cls.paper}* | {ticks} |")
+    return "\n".join(lines)
