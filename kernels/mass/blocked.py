@@ -11,10 +11,13 @@ from torch import Tensor
 from .reference import EXPONENT_LIMIT
 
 LOG2E = math.log2(math.e)
-# Tile of logits: 256 rows keep the matmul near its peak, 1024 keys keep the tile (1 MiB) in cache on a CPU.
-TILE_Q, TILE_K = 256, 1024
+# Tile of logits: as many rows as keep the matmul near its peak, with 1024 keys to stay in a core's share of the cache.
+TILE_Q, TILE_K = 512, 1024
 # An accelerator wants larger launches.
 DEVICE_TILE_Q, DEVICE_TILE_K = 1024, 8192
+# With every logit (base 2) and every LSE within this bound, exp2(logit) and exp2(-LSE) are both far from the limits of
+# fp32 and may be multiplied after the sum over a block's rows, which saves a pass over the tile.
+SAFE_EXPONENT = 50.0
 
 
 def block_mass_blocked(
@@ -35,52 +38,86 @@ def block_mass_blocked(
     tile_q, tile_k = (TILE_Q, TILE_K) if q.device.type == "cpu" else (DEVICE_TILE_Q, DEVICE_TILE_K)
     step_q, step_k = max(1, tile_q // block_q) * block_q, max(1, tile_k // block_k) * block_k
     lens = [kv_len] * B if kv_lens is None else [int(n) for n in kv_lens.tolist()]
-    buffer = torch.empty(step_q * step_k, dtype=torch.float32, device=q.device)
+    buffer = torch.empty(min(step_q, q_len) * min(step_k, kv_len), dtype=torch.float32, device=q.device)
     for b in range(B):
         for h in range(H):
+            keys = k[b, h // group, : lens[b]]
+            longest = float(keys.float().norm(dim=-1).amax()) if lens[b] else 0.0
             for start in range(0, q_len, step_q):
                 rows = slice(start, min(q_len, start + step_q))
-                qs = q[b, h, rows].float() * (scale * LOG2E)
-                # Rows without keys have LSE -inf; they count as 0, not as exp(+inf).
-                shift = lse[b, h, rows].float().mul(-LOG2E)
-                shift = shift.masked_fill(shift == float("inf"), float("-inf")).unsqueeze(-1)
-                block_rows = slice(start // block_q, -(-rows.stop // block_q))
-                for left in range(0, lens[b], step_k):
-                    keys = k[b, h // group, left : min(lens[b], left + step_k)]
-                    cols = slice(left // block_k, left // block_k - (-keys.shape[0] // block_k))
-                    tile = buffer[: qs.shape[0] * keys.shape[0]].view(qs.shape[0], keys.shape[0])
-                    total, per_row = _tile(qs, keys.float(), shift, tile, block_q, block_k, row_sum)
-                    W[b, h, block_rows, cols] = total
-                    if per_row is not None:
-                        sums[b, h, rows] += per_row
+                band = Band(q[b, h, rows], lse[b, h, rows], scale, block_q, block_k, buffer, step_k, row_sum)
+                total, per_row = band.run(keys, longest)
+                W[b, h, start // block_q : -(-rows.stop // block_q), : total.shape[1]] = total
+                if per_row is not None:
+                    sums[b, h, rows] = per_row
     return W, sums
 
 
-def _tile(
-    qs: Tensor, keys: Tensor, shift: Tensor, tile: Tensor, block_q: int, block_k: int, row_sum: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Masses of one tile. ``qs`` (r, D) is scaled to base 2, ``shift`` (r, 1) is -LSE in base 2."""
-    # The LSE goes in as the matmul's addend: cheaper than a subtraction pass over the tile.
-    tile.copy_(shift.expand_as(tile))
-    torch.addmm(tile, qs, keys.t(), out=tile)
-    tile.exp2_()
-    total = _reduce(tile, block_q, block_k)
-    # The exponent limit matters for a stale LSE only, so it is not a pass over every tile: an element beyond the limit
-    # makes its block sum exceed it too, and only then the tile is computed again with the clamp.
-    if not bool((total <= math.exp(EXPONENT_LIMIT)).all()):
-        tile.copy_(shift.expand_as(tile))
-        torch.addmm(tile, qs, keys.t(), out=tile)
-        tile.clamp_(max=EXPONENT_LIMIT * LOG2E).exp2_()
-        total = _reduce(tile, block_q, block_k)
-    return total, tile.sum(-1) if row_sum else None
+class Band:
+    """One band of query rows q (r, D) against all keys, tile by tile."""
 
+    def __init__(
+        self,
+        q: Tensor,
+        lse: Tensor,
+        scale: float,
+        block_q: int,
+        block_k: int,
+        buffer: Tensor,
+        step_k: int,
+        row_sum: bool,
+    ) -> None:
+        self.q = q.float() * (scale * LOG2E)
+        # Rows without keys have LSE -inf; they count as 0, not as exp(+inf).
+        shift = lse.float() * -LOG2E
+        self.shift = shift.masked_fill(shift == float("inf"), float("-inf"))
+        self.block_q, self.block_k, self.step_k = block_q, block_k, step_k
+        self.buffer, self.row_sum = buffer, row_sum
 
-def _reduce(tile: Tensor, block_q: int, block_k: int) -> Tensor:
-    """Sum (r, c) to (ceil(r / block_q), ceil(c / block_k)); rows first, they are the cheap direction in memory."""
-    r, c = tile.shape
-    whole = r // block_q * block_q
-    parts = [tile[:whole].view(-1, block_q, c).sum(1)] if whole else []
-    if whole < r:
-        parts.append(tile[whole:].sum(0, keepdim=True))
-    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return F.pad(rows, (0, -c % block_k)).unflatten(-1, (-1, block_k)).sum(-1)
+    def run(self, keys: Tensor, longest: float) -> tuple[Tensor, Tensor | None]:
+        """Masses (blocks of rows, blocks of keys) and the row sums (r,); ``longest`` is the largest key norm."""
+        bound = float(self.q.norm(dim=-1).amax()) * longest
+        reach = float(self.shift.masked_fill(self.shift == float("-inf"), 0.0).abs().amax())
+        # NaN compares false and so takes the direct way as well.
+        mode = "scaled" if bound <= SAFE_EXPONENT and reach <= SAFE_EXPONENT else "direct"
+        total, per_row = self._pass(keys, mode)
+        # The exponent limit matters for a stale LSE only, so it is not a pass over every tile: an element beyond the
+        # limit makes its block sum exceed it too, and only then the band is computed again with the clamp.
+        if not bool((total <= math.exp(EXPONENT_LIMIT)).all()):
+            total, per_row = self._pass(keys, "clamped")
+        return total, per_row
+
+    def _pass(self, keys: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
+        n = keys.shape[0]
+        r = self.q.shape[0]
+        columns = torch.zeros(-(-r // self.block_q), n, dtype=torch.float32, device=keys.device)
+        per_row = torch.zeros(r, dtype=torch.float32, device=keys.device) if self.row_sum else None
+        weight = self.shift.exp2() if mode == "scaled" else None
+        for left in range(0, n, self.step_k):
+            part = keys[left : left + self.step_k].float()
+            tile = self.buffer[: r * part.shape[0]].view(r, -1)
+            if weight is not None:
+                torch.mm(self.q, part.t(), out=tile)
+            else:
+                tile.copy_(self.shift.unsqueeze(-1).expand_as(tile))
+                torch.addmm(tile, self.q, part.t(), out=tile)
+            if mode == "clamped":
+                tile.clamp_(max=EXPONENT_LIMIT * LOG2E)
+            tile.exp2_()
+            columns[:, left : left + self.step_k] = self._rows(tile, weight)
+            if per_row is not None:
+                per_row += tile.sum(-1) if weight is None else tile.sum(-1) * weight
+        blocks = F.pad(columns, (0, -n % self.block_k)).unflatten(-1, (-1, self.block_k)).sum(-1)
+        return blocks, per_row
+
+    def _rows(self, tile: Tensor, weight: Tensor | None) -> Tensor:
+        """(Weighted) sum over the rows of each query block: (r, c) to (ceil(r / block_q), c)."""
+        r, c = tile.shape
+        weight = torch.ones_like(self.shift) if weight is None else weight
+        whole = r // self.block_q * self.block_q
+        parts = []
+        if whole:
+            parts.append(torch.bmm(weight[:whole].view(-1, 1, self.block_q), tile[:whole].view(-1, self.block_q, c)))
+        if whole < r:
+            parts.append(weight[whole:].view(1, 1, -1) @ tile[whole:].unsqueeze(0))
+        return torch.cat(parts).squeeze(1)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from ..merge import merge_states
+from .gather import Gather
 from .schedule import Group, groups_of
 from .tile import attend, native_low_precision
 
 # Keys gathered per call on a CPU (all rows of the chunk together): K and V of a chunk stay near the core, while one
 # call is long enough to hide its overhead. Measured best between 3,000 and 6,000 for D = 64 and 128.
 CHUNK_KEYS = 4096
-# Query rows per call where keys are read in place.
+# Query rows that are read, attended and written back together.
 CHUNK_ROWS = 1024
 # An accelerator wants larger launches; this bounds its logits to 64 Mi entries.
 DEVICE_CHUNK_KEYS = 65536
@@ -37,13 +38,17 @@ def block_sparse_blocked(
     lens = lens * q.shape[0] if len(lens) == 1 else lens
     plans: dict[tuple[int, int, int], list[Group]] = {}
     group = q.shape[1] // k.shape[1]
+    on_cpu = q.device.type == "cpu"
+    widen = on_cpu and q.dtype in (torch.bfloat16, torch.float16) and not native_low_precision()
+    budget = max(layout.block_k, CHUNK_KEYS if on_cpu else DEVICE_CHUNK_KEYS)
+    gather = Gather(min(budget, layout.n_q * layout.n_k * layout.block_k), k, layout.block_k, widen)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             key = (b if layout.batch > 1 else 0, h if layout.heads > 1 else 0, lens[b])
             if key not in plans:
                 plans[key] = groups_of(layout, *key)
             keys, values = k[b, h // group, : lens[b]], v[b, h // group, : lens[b]]
-            head = Head(q[b, h], keys, values, layout, scale, b, h, num_splits)
+            head = Head(q[b, h], keys, values, layout, scale, b, h, num_splits, gather, budget)
             for work in plans[key]:
                 head.run(work, out[b, h], lse[b, h])
     return out, lse
@@ -53,24 +58,27 @@ class Head:
     """The work of one (sample, head): q (q_len, D), valid keys and values (kv, D), and the layout rows it follows."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, b: int, h: int, splits: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: BlockLayout,
+        scale: float,
+        b: int,
+        h: int,
+        splits: int,
+        gather: Gather,
+        budget: int,
     ) -> None:
         self.q, self.k, self.v, self.layout, self.scale = q, k, v, layout, scale
-        self.b, self.h = b, h
+        self.b = b
         self.lb, self.lh = (b if layout.batch > 1 else 0), (h if layout.heads > 1 else 0)
-        self.splits = splits
-        on_cpu = q.device.type == "cpu"
-        self.budget = CHUNK_KEYS if on_cpu else DEVICE_CHUNK_KEYS
-        self.widen = on_cpu and q.dtype in (torch.bfloat16, torch.float16) and not native_low_precision()
-        self.token = torch.arange(layout.block_k, device=q.device)
+        self.splits, self.gather, self.budget = splits, gather, budget
 
     def run(self, work: Group, out: Tensor, lse: Tensor) -> None:
         """Compute all query blocks of ``work`` into out (q_len, D) and lse (q_len,)."""
-        bq, bk = self.layout.block_q, self.layout.block_k
-        longest = max(work.part, 0 if work.full is None else work.full.shape[1])
-        per_call = max(1, self.budget // (max(1, longest) * bk))
-        if work.run is not None and work.part == 0:
-            per_call = max(1, CHUNK_ROWS // bq)
+        bq = self.layout.block_q
+        per_call = max(1, CHUNK_ROWS // bq)
         for start in range(0, len(work.rows), per_call):
             rows = work.rows[start : start + per_call]
             r = min(bq, self.layout.q_len - rows[-1] * bq)
@@ -98,14 +106,15 @@ class Head:
                 state = join(state, self._in_place(q, lo * bk, min(hi * bk, kv)))
         elif work.full is not None and work.full.shape[1]:
             listed = work.full[start : start + len(rows)]
-            segment = max(1, self.budget // bk)
-            pieces = max(self.splits, -(-listed.shape[1] // segment))
+            pieces = max(self.splits, -(-listed.shape[1] // (self.budget // bk)))
             for lo, hi in split(0, listed.shape[1], pieces):
                 state = join(state, self._gathered(q, listed[:, lo:hi]))
         if work.tail:
             state = join(state, self._in_place(q, kv // bk * bk, kv))
         if work.part:
-            state = join(state, self._partial(q, rows, work.part))
+            step = max(1, self.budget // (work.part * bk))
+            parts = [self._partial(q[a : a + step], rows[a : a + step], work.part) for a in range(0, len(rows), step)]
+            state = join(state, (torch.cat([o for o, _ in parts]), torch.cat([x for _, x in parts])))
         return state
 
     def _in_place(self, q: Tensor, lo: int, hi: int) -> State:
@@ -115,13 +124,18 @@ class Head:
         return o.view(c, r, d), lse.view(c, r)
 
     def _gathered(self, q: Tensor, blocks: Tensor) -> State:
-        """Query blocks (c, r, D) over their own key blocks (c, m), complete ones."""
-        c = blocks.shape[0]
-        tokens = (blocks.unsqueeze(-1) * self.layout.block_k + self.token).flatten()
-        k, v = (x.index_select(0, tokens) for x in (self.k, self.v))
-        if self.widen:
-            q, k, v = q.float(), k.float(), v.float()
-        return attend(q, k.unflatten(0, (c, -1)), v.unflatten(0, (c, -1)), self.scale)
+        """Query blocks (c, r, D) over their own key blocks (c, m), complete ones; as many rows a call as fit."""
+        q = q.to(self.gather.dtype)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        step = max(1, self.budget // (blocks.shape[1] * self.layout.block_k))
+        pieces = (x.split(step) for x in (q, blocks, out, lse))
+        for q_part, listed, o, part_lse in zip(*pieces, strict=True):
+            k, v = self.gather(self.k, self.v, listed)
+            found = attend(q_part, k, v, self.scale)
+            o.copy_(found[0])
+            part_lse.copy_(found[1])
+        return out, lse
 
     def _partial(self, q: Tensor, rows: list[int], count: int) -> State:
         """Query blocks over their ``count`` partial key blocks, under the element rule."""
@@ -130,7 +144,7 @@ class Head:
         c, r, _ = q.shape
         p = torch.tensor(rows, device=q.device)
         blocks = layout.part_idx[self.lb, self.lh].index_select(0, p)[:, :count].to(torch.int64)
-        k_pos = (blocks.unsqueeze(-1) * bk + self.token).flatten(1)
+        k_pos = (blocks.unsqueeze(-1) * bk + self.gather.token).flatten(1)
         inside = k_pos < self.k.shape[0]
         q_pos = p.unsqueeze(-1) * bq + torch.arange(r, device=q.device)
         ok = layout.rule.pairs(self.b, q_pos.unsqueeze(-1), k_pos.unsqueeze(1)) & inside.unsqueeze(1)
@@ -141,8 +155,6 @@ class Head:
         tokens = k_pos.clamp(max=max(0, self.k.shape[0] - 1)).flatten()
         k, v = (x.index_select(0, tokens).unflatten(0, (c, -1)) for x in (self.k, self.v))
         bias = torch.zeros(ok.shape, dtype=torch.float32, device=q.device).masked_fill_(~ok, float("-inf"))
-        if self.widen:
-            q, k, v = q.float(), k.float(), v.float()
         return attend(q, k, v, self.scale, bias)
 
 
