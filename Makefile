@@ -23,6 +23,8 @@ SOURCES := pyproject.toml setup.py $(CONSTRAINTS)
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# threads that spin while they wait make small models several times slower on a machine that others use too
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

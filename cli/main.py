@@ -112,6 +112,8 @@ app.command("new-recipe")(scaffold.new_recipe)
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that spin while they wait make small models several times slower on a machine that others use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

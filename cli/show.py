@@ -12,7 +12,7 @@ from patchkit.cli.console import Debug, Json, Output, Quiet, heavy
 
 
 def list_recipes(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, with papers and models.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Methods and models as a Markdown table.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -25,7 +25,7 @@ def list_recipes(
         shipped = files.examples()
         rows = [registry.describe(cls) | {"examples": _examples(name, shipped)} for name, cls in _known()]
         if markdown:
-            out.text(_markdown(rows))
+            out.text(registry.markdown())
             return
         out.table(
             "",
@@ -33,13 +33,6 @@ def list_recipes(
             [(r["name"], r["summary"], ", ".join(r["families"]), _runnable(r)) for r in rows],
         )
         out.data(rows)
-
-
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    head = ("recipe", "what it does", "paper", "tested on")
-    cells = [(f"`{r['name']}`", r["summary"], r["paper"], ", ".join(r["models"])) for r in rows]
-    lines = [head, ("---",) * len(head), *cells]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines)
 
 
 def _known() -> list[tuple[str, Any]]:

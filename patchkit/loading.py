@@ -179,10 +179,17 @@ def _load_zoo(spec: ModelSpec, dtype: Any, device: str) -> Loaded:
 def _load_pipeline(spec: ModelSpec, dtype: Any, device: str) -> Any:
     from diffusers import DiffusionPipeline
 
-    options = _chosen(torch_dtype=dtype, revision=spec.revision, variant=spec.variant)
+    options = _chosen(**{_dtype_argument(): dtype}, revision=spec.revision, variant=spec.variant)
     target = DiffusionPipeline.from_pretrained(spec.id, **options)
     _place(target, spec, device)
     return target
+
+
+def _dtype_argument() -> str:
+    """Newer releases of diffusers call it ``dtype`` and warn about ``torch_dtype``; older ones know only that."""
+    from diffusers.utils import deprecation_utils
+
+    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
 
 def _place(target: Any, spec: ModelSpec, device: str) -> None:
