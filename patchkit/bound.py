@@ -42,6 +42,12 @@ class Bound:
         """The heads that the option ``heads`` selects at a site."""
         return Indices.parse(self.recipe.heads, "heads").resolve(site.heads)
 
+    def let_go(self) -> None:
+        """Hold nothing of the model any more: the handle of a removed patch may live on."""
+        self.sites = []
+        self.states.clear()
+        self.ledgers.clear()
+
     def covers(self, component: str) -> bool:
         """Whether it stands around the calls of a denoiser: of all, or of those in which it selected sites."""
         if not self.recipe.wraps("attend") and not self.recipe.selects():

@@ -134,7 +134,7 @@ class Installation:
         """Take back every write."""
         self.slot.closed = True
         for site in self.sites:
-            site.chain = None
+            site.chain = site.tracker = None  # sites may live on in a plan; the pipeline must not because of that
         drift = self._swapped() + self.journal.undo()
         self.adapter.close()
         self.installed.clear()

@@ -94,6 +94,8 @@ class Patch:
             self._last = no_report(installation.adapter.name, f"the report could not be made: {error}")
         self._installation = None
         drift = installation.leave(self)
+        for bound in self._bounds:
+            bound.let_go()
         for what in drift:
             logger.warning("while removing the patch: %s", what)
         return drift

@@ -189,6 +189,10 @@ def _attention(
     config: Any = module.config
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    whole = key, value
+    if causal and key.shape[2] > query.shape[2] and config._patchkit_original._attn_implementation == "sdpa":
+        # the prefill of a static cache: torch counts from the first key on, and the slots behind are empty
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if torch.compiler.is_compiling():
         lost = [name for name in _NOT_COMPILED if kwargs.get(name) is not None]
         if lost:
@@ -211,6 +215,8 @@ def _attention(
         )
         return out, None
     extra: dict[str, Any] = {"dropout": dropout, "is_causal": is_causal, "causal": causal, "kwargs": kwargs}
+    if key is not whole[0]:
+        extra["told"], extra["whole"] = (key, value), whole
     site: Site = config._patchkit_site
     out = site.run(query, key, value, attention_mask, scaling, causal, 0, extra)
     return out.transpose(1, 2), extra.get("weights")
@@ -229,12 +235,15 @@ def _terminal(site: Site, config: Any) -> Callable[[AttentionCall], Tensor]:
         if extra.get("compiled"):
             kwargs.update({name: extra[name] for name in ("sliding_window", "softcap") if name in extra})
         unchanged = call.causal == extra.get("causal")
+        k, v = call.k, call.v
+        if "told" in extra and k is extra["told"][0] and v is extra["told"][1]:
+            k, v = extra["whole"]  # to the bit what the model would have run
         upstream = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
         out, extra["weights"] = upstream(
             site.module,
             call.q,
-            call.k,
-            call.v,
+            k,
+            v,
             call.mask,
             dropout=extra.get("dropout", 0.0),
             scaling=call.scale,
