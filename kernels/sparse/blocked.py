@@ -74,6 +74,7 @@ class Head:
         self.b = b
         self.lb, self.lh = (b if layout.batch > 1 else 0), (h if layout.heads > 1 else 0)
         self.splits, self.gather, self.budget = splits, gather, budget
+        gather.bind(k, v)
 
     def run(self, work: Group, out: Tensor, lse: Tensor) -> None:
         """Compute all query blocks of ``work`` into out (q_len, D) and lse (q_len,)."""
@@ -128,11 +129,12 @@ class Head:
         q = q.to(self.gather.dtype)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        step = max(1, self.budget // (blocks.shape[1] * self.layout.block_k))
-        pieces = (x.split(step) for x in (q, blocks, out, lse))
-        for q_part, listed, o, part_lse in zip(*pieces, strict=True):
-            k, v = self.gather(self.k, self.v, listed)
-            found = attend(q_part, k, v, self.scale)
+        m = blocks.shape[1]
+        step = max(1, self.budget // (m * self.layout.block_k))
+        for q_part, listed, o, part_lse in zip(*(x.split(step) for x in (q, blocks, out, lse)), strict=True):
+            slot = self.gather.slot(q_part.shape[0], m)
+            self.gather.fill(slot, self.gather.index(listed))
+            found = attend(q_part, slot.k, slot.v, self.scale)
             o.copy_(found[0])
             part_lse.copy_(found[1])
         return out, lse

@@ -33,8 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = 
     """
     if q.device.type == "cpu":
         mask = None if bias is None else bias.unsqueeze(1).to(q.dtype)
-        out, lse = cpu_flash(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), mask, scale)
-        out, lse = out.squeeze(1), lse.squeeze(1)
+        out, lse = cpu_flash(q[:, None], k[:, None], v[:, None], mask, scale)
+        out, lse = out[:, 0], lse[:, 0]
     else:
         logits = torch.bmm(q.float() * scale, k.float().transpose(1, 2))
         if bias is not None:
