@@ -6,6 +6,7 @@ import contextlib
 import io
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -23,7 +24,10 @@ class Output:
 
     def __init__(self, *, json: bool = False, quiet: bool = False, debug: bool = False) -> None:
         self.json, self.quiet, self.debug = json, quiet, debug
-        if debug:
+        if not debug:  # what the libraries deprecate is no news for whoever runs a command
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+        else:
             import logging
 
             logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")

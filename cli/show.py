@@ -151,7 +151,8 @@ def doctor(json_: Json = False, quiet: Quiet = False, debug: Debug = False) -> N
         found = diagnose()
         out.table("versions", ("package", "version"), [(n, v or "not installed") for n, v in found["versions"].items()])
         out.table("devices", ("device", "what it is"), list(found["devices"].items()))
-        out.table("kernels", ("operator", *found["devices"]), _kernel_rows(found))
+        if found["kernels"]:
+            out.table("kernels", ("operator", *found["devices"]), _kernel_rows(found))
         out.table("zoo", ("model", "what it is"), list(found["zoo"].items()))
         for problem in found["problems"]:
             out.note(problem)

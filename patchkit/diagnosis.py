@@ -53,6 +53,7 @@ def _kernels(problems: list[str]) -> dict[str, dict[str, str]]:
     kernels = importlib.import_module("patchkit.kernels")
     paths = getattr(kernels, "paths", None)
     if paths is None:
+        problems.append("the installed kernels do not say which path they take")
         return {}
     out: dict[str, dict[str, str]] = {}
     for device in loading.devices():

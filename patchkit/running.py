@@ -146,7 +146,7 @@ def run(job: Job, *, say: Say = logger.info, bars: bool = True) -> RunResult:
         inputs = calls.load_media(inputs, job.extra)
     _plan(job, loaded)
     notes = list(job.notes)
-    warm = _warm_up(job, loaded, inputs, say, notes) if len(job.variants) > 1 else None
+    warm = _warm_up(job, loaded, inputs, say, bars, notes) if len(job.variants) > 1 else None
     produced, reports, texts = {}, {}, {}
     for variant in job.variants:
         say(
@@ -204,7 +204,9 @@ def _patched(loaded: Loaded, variant: Variant) -> Iterator[Any]:
         yield patch
 
 
-def _warm_up(job: Job, loaded: Loaded, inputs: Mapping[str, Any], say: Say, notes: list[str]) -> dict[str, Any]:
+def _warm_up(
+    job: Job, loaded: Loaded, inputs: Mapping[str, Any], say: Say, bars: bool, notes: list[str]
+) -> dict[str, Any]:
     """Call each variant shortly, so that none pays for first-time costs (caches, compiled kernels) when timed."""
     steps = min(WARM_UP_STEPS, int(inputs.get("num_inference_steps") or WARM_UP_STEPS))
     short = dict(inputs, num_inference_steps=steps) if loaded.kind == "pipeline" else dict(inputs, max_new_tokens=steps)
@@ -214,7 +216,7 @@ def _warm_up(job: Job, loaded: Loaded, inputs: Mapping[str, Any], say: Say, note
         arguments = job.inputs_for(variant, short)
         try:
             with _silent(), _patched(loaded, variant):
-                seconds[variant.label] = round(calls.call(loaded, arguments, label="warm-up", bars=False).seconds, 4)
+                seconds[variant.label] = round(calls.call(loaded, arguments, label="warm-up", bars=bars).seconds, 4)
         except InvalidOption as error:  # a recipe may need more steps than these
             notes.append(f"{variant.label} was timed without a warm-up: {error.what}")
     return {"steps": steps, "seconds": seconds}

@@ -53,7 +53,8 @@ def write(
         for name in dict.fromkeys(files[label] for label in ("metrics", "record") if label in files):
             stage.path(name).write_text(record, encoding="utf-8")
         done = {path.name: path for path in stage.commit()}
-        notes += [f"replaced {path}" for path in stage.replaced]
+        if stage.replaced:
+            notes.append(f"replaced what was there before: {', '.join(str(path) for path in stage.replaced)}")
     return {label: done[name] for label, name in files.items()}
 
 

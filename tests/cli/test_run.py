@@ -99,7 +99,7 @@ def test_files_that_were_there_are_named(cli, recipe_file, here, pipe):
     (here / "out/clip.gif").write_text("old")
     result = cli("run", recipe_file, "--no-compare")
     assert result.exit_code == 0, result.output
-    assert "replaced out/clip.gif" in result.stderr
+    assert "replaced what was there before: out/clip.gif" in result.stderr
     assert (here / "out/clip.gif").read_bytes().startswith(b"GIF")
 
 
