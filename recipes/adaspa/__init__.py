@@ -245,7 +245,7 @@ class AdaSpa(Recipe):
             lse_bytes=state["lse"].nbytes if "lse" in state else 0,
         )
         path = kernels.choose_path(layout, call.q.shape[-1], call.q.dtype, call.q.device)
-        ledger.note(path=f"{path.name}: {path.reason}")  # short sequences are computed dense under a mask
+        ledger.note(path=f"{path.name}: {path.reason}")  # which may be a dense one
         if self.heads is not None:
             ledger.note(dense_heads=call.q.shape[1] - choice.k.shape[1])
 

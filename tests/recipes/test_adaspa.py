@@ -167,6 +167,18 @@ def test_warm_up_and_search_outputs_have_the_bits_of_the_models_op(terminal, mas
     assert not close(op(q, k, v, 3, mask=mask, text=Span(80, 96)), F.scaled_dot_product_attention(q, k, v))
 
 
+def test_the_search_step_costs_one_dense_pass_where_the_kernel_is_the_same():
+    shapes = []
+
+    def counting(call):
+        shapes.append(tuple(call.q.shape))
+        return dense(call)
+
+    op = Op(small(), terminal=counting, total=8)
+    op(*qkv(batch=2), 0)
+    assert shapes == [(1, 1, 96, 16)]  # one head, to compare bits with; the rest came with the LSE
+
+
 def test_a_recipe_inside_is_heard_at_the_search_step():
     op = Op(small(), total=8)
     calls = []
@@ -350,6 +362,21 @@ def test_schedules(options, total, dense_steps, searches, monkeypatch):
     assert sum(op.ledger().dense.values()) == dense_steps
 
 
+def test_no_search_where_the_window_leaves_nothing_sparse():
+    op = Op(AdaSpa(min_tokens=0, block_size=16, steps=(0, 10)))
+    for step in range(10):
+        op(*qkv(seed=step), step)
+    assert op.ledger().dense == {"warm-up": 10}
+    assert not op.ledger().counts
+
+
+def test_the_lse_goes_at_once_if_the_window_ends_before_the_next_search():
+    op = Op(AdaSpa(min_tokens=0, block_size=16, steps=(0, 29)))
+    for step in range(10):
+        op(*qkv(seed=step), step)
+    assert "lse" not in op.state()
+
+
 def test_branches_do_not_share_masks():
     op = Op(small(density=0.2), total=8)
     data = {branch: qkv(seed=seed) for seed, branch in enumerate(("cond", "uncond"))}
@@ -494,6 +521,9 @@ def test_padded_text_against_the_formulas(side, real):
     mass = pad.unflatten(-1, (-1, 16)).sum(-1).unflatten(-2, (-1, 16)).sum(-2)
     kept = reference_mask(mass, text, tokens, block, 0.3, key_text=key_text)
     assert close(op.ledger().values["recall"], (mass * kept).sum((-1, -2)) / mass.sum((-1, -2)))
+    real_blocks = torch.tensor([-(-(75 + count) // 16) for count in real])
+    computed = torch.stack([kept[b, ..., :n].sum((-1, -2)) for b, n in enumerate(real_blocks)])
+    assert close(op.ledger().values["actual_density"], computed / (7 * real_blocks[:, None]))
 
     q, k, v = qkv(tokens, batch=len(real), seed=1)
     out = op(q, k, v, 1, mask=valid[:, None, None], text=text)
@@ -514,6 +544,13 @@ def test_actual_density_counts_text():
     assert torch.equal(values["density"], torch.full((1, 4), 0.25))
     k = round(0.25 * 9)
     assert close(values["actual_density"], torch.full((1, 4), (9 * (k + 1) + 10) / 100))
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_head_adaptivity_can_be_switched_off(adaptive):
+    op = Op(small(density=0.34, head_adaptive=adaptive, recall_threshold=0.0), total=4)
+    op(*qkv(), 0)
+    assert sorted(op.state()["k_h"].flatten().tolist()) == ([1, 1, 3, 3] if adaptive else [2] * 4)
 
 
 # --- heads --------------------------------------------------------------------------------------------------------
@@ -606,12 +643,14 @@ def test_masses_of_many_heads_come_in_parts(monkeypatch):
 
 
 def test_the_ledger_names_the_kernels_path():
-    paths = []
+    from patchkit import kernels
+
     for tokens, density in ((96, 1.0), (96, 0.2), (1600, 0.2)):
         op = Op(small(density=density), heads=2, total=4)
         op(*qkv(tokens, heads=2), 0)
-        paths.append(op.ledger().values["path"].partition(":")[0])
-    assert paths == ["dense", "masked_dense", "blocked"]
+        path = kernels.choose_path(op.state()["layout"], 16, torch.float32, "cpu")
+        assert op.ledger().values["path"] == f"{path.name}: {path.reason}"
+        assert (path.name == "dense") == (density == 1.0)
 
 
 @pytest.mark.parametrize(
@@ -709,4 +748,5 @@ def test_predicted_cost():
     assert AdaSpa(search_steps=[]).attention_cost(100_000, 50) == pytest.approx((10 + 0.5 + 40 * 0.2) / 50)
     assert AdaSpa(steps=(0.0, 0.5)).attention_cost(100_000, 50) == pytest.approx((10 + 0.5 + 15 * 0.2 + 25) / 50)
     assert AdaSpa(warmup_steps=1.0).attention_cost(100_000, 50) == 1.0
+    assert AdaSpa(steps=(0.0, 0.2)).attention_cost(100_000, 50) == 1.0
     assert AdaSpa().attention_cost(1000, 50) == 1.0

@@ -206,3 +206,26 @@ def test_a_model_without_a_pipeline_says_that_it_has_no_clock():
         run("wan21")
         dense = patch.report().to_dict()["recipes"][0]["dense"]
     assert any("run unknown" in reason or "no step clock" in reason for reason in dense)
+
+
+def test_compiled_denoiser_gives_the_same_numbers():
+    with patchkit.apply(pipeline("wan21"), "adaspa", density=0.25, **SMALL):
+        wanted = run("wan21")
+    pipe = tiny.PIPELINES["wan21"].build()
+    pipe.transformer.compile(backend="eager", fullgraph=True)
+    with patchkit.apply(pipe, "adaspa", density=0.25, **SMALL) as patch:
+        out = tiny.run(tiny.PIPELINES["wan21"], pipe, steps=STEPS, **SIZES["wan21"])
+        counts = rows_of(patch)[0]["counts"]
+    assert counts == {"searches": 2, "fused_search": 1, "cached_search": 1, "sparse": STEPS - 1}
+    assert torch.allclose(out, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    pipe = tiny.PIPELINES["cogvideox"].build().to(dtype)
+    entry = tiny.PIPELINES["cogvideox"]
+    wanted = tiny.run(entry, pipe, steps=STEPS, **SIZES["cogvideox"])
+    with patchkit.apply(pipe, "adaspa", density=1.0, **SMALL):
+        out = tiny.run(entry, pipe, steps=STEPS, **SIZES["cogvideox"])
+    assert out.dtype == wanted.dtype
+    assert torch.allclose(out.float(), wanted.float(), atol=0.05, rtol=0.05)
