@@ -119,7 +119,7 @@ def from_bool(
             for b in range(rule.batch)
         ]
         states = torch.stack(per_sample).unsqueeze(1).to(device)
-    return from_states(keep, states, block_q, block_k, q_len, kv_len, rule, kv_lens)
+    return from_states(keep, states, block_q, block_k, q_len, kv_len, rule, kv_lens).validate()
 
 
 def from_states(
@@ -132,7 +132,10 @@ def from_states(
     rule: ElementRule | None,
     kv_lens: Tensor | None,
 ) -> BlockLayout:
-    """Join kept blocks (B', H', Nq, Nk) with block states (0/1/2, same shape up to broadcasting; None: all full)."""
+    """Join kept blocks (B', H', Nq, Nk) with block states (0/1/2, same shape up to broadcasting; None: all full).
+
+    The result is not validated yet: row bits may still be missing.
+    """
     from .block_layout import BlockLayout
 
     valid = valid_per_sample(kv_len, block_k, kv_lens)
@@ -154,7 +157,7 @@ def from_states(
     part_idx, part_num = stack_lists(part, batch, heads) if part else (None, None)
     if part_num is None or not bool(part_num.any()):
         part_idx = part_num = rule = None
-    layout = BlockLayout(
+    return BlockLayout(
         block_q,
         block_k,
         q_len,
@@ -168,7 +171,6 @@ def from_states(
         kv_seg=rule.kv_seg if rule else None,
         kv_lens=None if kv_lens is None else kv_lens.to(torch.int32),
     )
-    return layout.validate()
 
 
 def from_predicate(
@@ -192,7 +194,7 @@ def from_predicate(
     state = as_four(state, (n_q, n_k), "the predicate's result")
     if rule is None and bool((state == 1).any()):
         raise layout_error("the predicate returns partial blocks (1)", WHERE, "Pass rule=ElementRule(...) for them.")
-    return from_states(state > 0, state, block_q, block_k, q_len, kv_len, rule, kv_lens)
+    return from_states(state > 0, state, block_q, block_k, q_len, kv_len, rule, kv_lens).validate()
 
 
 def from_mask_mod(
@@ -226,7 +228,7 @@ def from_mask_mod(
                 words[b, h, p] = pack_bits(blocks[states[b, h, p] == 1])
     layout = from_states(states > 0, states, block_q, block_k, q_len, kv_len, ElementRule(), kv_lens)
     if layout.part_idx is None:
-        return layout
+        return layout.validate()
     bits = words[0, 0, 0].new_zeros(*layout.part_idx.shape, block_q, words[0, 0, 0].shape[-1])
     for b, h, p in [(b, h, p) for b in range(layout.batch) for h in range(layout.heads) for p in range(n_q)]:
         source = words[b if batch > 1 else 0, h if heads > 1 else 0, p]

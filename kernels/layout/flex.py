@@ -68,25 +68,21 @@ def from_flex(block_mask: BlockMask) -> BlockLayout:
 
     block_q, block_k = block_mask.BLOCK_SIZE
     q_len, kv_len = block_mask.seq_lengths
-    part = block_mask.kv_num_blocks
-    batch, heads, n_q = part.shape
+    num = block_mask.kv_num_blocks
+    batch, heads, n_q = num.shape
     n_k = -(-kv_len // block_k)
 
-    def listed(b: Tensor, h: Tensor) -> Tensor:
-        kept = scatter_lists(block_mask.kv_indices[b, h], block_mask.kv_num_blocks[b, h], n_k)
-        if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
-            kept |= scatter_lists(block_mask.full_kv_indices[b, h], block_mask.full_kv_num_blocks[b, h], n_k)
-        return kept
+    def grid(idx: Tensor | None, count: Tensor | None) -> Tensor:
+        if idx is None or count is None:
+            return torch.zeros(batch, heads, n_q, n_k, dtype=torch.bool, device=num.device)
+        return scatter_lists(idx.flatten(0, 2), count.flatten(), n_k).view(batch, heads, n_q, n_k)
 
-    def full(b: Tensor, h: Tensor) -> Tensor:
-        if block_mask.full_kv_num_blocks is None or block_mask.full_kv_indices is None:
-            return torch.zeros(n_q, n_k, dtype=torch.bool, device=part.device)
-        return scatter_lists(block_mask.full_kv_indices[b, h], block_mask.full_kv_num_blocks[b, h], n_k)
+    some = grid(block_mask.kv_indices, num)
+    whole = grid(block_mask.full_kv_indices, block_mask.full_kv_num_blocks)
 
     def element(b: Tensor, h: Tensor, i: Tensor, n: Tensor) -> Tensor:
         p, j = i // block_q, n // block_k
-        allowed = block_mask.mask_mod(b, h, i, n) | full(b, h)[p, j]
-        return allowed & listed(b, h)[p, j]
+        return (block_mask.mask_mod(b, h, i, n) & some[b, h, p, j]) | whole[b, h, p, j]
 
     return BlockLayout.from_mask_mod(
         element,
@@ -96,5 +92,5 @@ def from_flex(block_mask: BlockMask) -> BlockLayout:
         kv_len=kv_len,
         batch=batch,
         heads=heads,
-        device=part.device,
+        device=num.device,
     )

@@ -10,23 +10,12 @@ from torch import Tensor
 from ..errors import layout_error, refuse_gradient, type_error, value_error
 from ..layout import BlockLayout
 from .blocked import block_sparse_blocked
-from .masked import all_finite, masked_dense, unmasked_dense
-from .plan import Path, choose_path
+from .complete import complete_attention
+from .plan import Path, choose_path, keeps_everything
 
 __all__ = ["Path", "block_sparse_attention", "choose_path"]
 
 WHERE = "block_sparse_attention"
-
-
-def run_path(
-    path: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, num_splits: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Run one implementation by name (tests and benchmarks pin it this way); see :func:`choose_path` for the names."""
-    if path == "dense":
-        return unmasked_dense(q, k, v, layout, scale)
-    if path == "masked_dense" and all_finite(k, v):
-        return masked_dense(q, k, v, layout, scale)
-    return block_sparse_blocked(q, k, v, layout, scale, num_splits)
 
 
 @torch.library.custom_op("patchkit::block_sparse_attention", mutates_args=())
@@ -63,8 +52,10 @@ def _block_sparse(
         kv_seg,
         kv_lens,
     )
-    path = choose_path(layout, q.shape[-1], q.dtype, q.device)
-    out, lse = run_path(path.name, q, k, v, layout, scale, num_splits)
+    if keeps_everything(layout):
+        out, lse = complete_attention(q, k, v, layout, scale)
+    else:
+        out, lse = block_sparse_blocked(q, k, v, layout, scale, num_splits)
     return out.contiguous(), lse.contiguous()
 
 
@@ -222,3 +213,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, num_split
         raise layout_error(f"{layout.kv_lens.numel()} kv_lens, {q.shape[0]} samples", WHERE, "Give one per sample.")
     if num_splits < 1:
         raise value_error(f"num_splits is {num_splits}", WHERE, "Use 1 or more.")
+
+
+block_sparse_attention.plan = choose_path  # type: ignore[attr-defined]  # the query next to the call it describes
