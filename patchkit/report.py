@@ -13,7 +13,7 @@ from patchkit.text import table
 
 @dataclass(frozen=True)
 class Report:
-    """Read it with :meth:`to_dict`, or print it. ``str`` gives a row a layer; per-head figures are in the dict."""
+    """Read it with :meth:`to_dict`, or print it: ``str`` gives a row a layer, :meth:`per_head` one a head."""
 
     data: dict[str, Any]
 
@@ -23,6 +23,20 @@ class Report:
 
     def __getitem__(self, name: str) -> Any:
         return self.data[name]
+
+    def per_head(self) -> str:
+        """A row a layer and head, of every figure that was noted per head (averaged over the batch)."""
+        lines = []
+        for recipe in self.data["recipes"]:
+            names = [n for n in _numeric_names(recipe) if any(_by_head(r, n) for r in recipe["rows"])]
+            rows = [
+                (str(r.get("layer", "")), r["component"], r["branch"], str(head), *(_at(r, n, head) for n in names))
+                for r in recipe["rows"]
+                for head in range(r.get("heads", 0))
+            ]
+            if names and rows:
+                lines += [recipe["recipe"], table(("layer", "component", "branch", "head", *names), rows)]
+        return "\n".join(lines) or "nothing was noted per head"
 
     def __str__(self) -> str:
         lines = [f"patch on {self.data['target']}" + ("" if self.data["enabled"] else " (disabled)")]
@@ -110,7 +124,8 @@ def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
     lines += [f"  {what}: {count}" for what, count in recipe["counts"].items()]
     lines += [f"  ran dense: {count} x {reason}" for reason, count in recipe["dense"].items()]
     lines += [f"  seconds in {what}: {value:.3f}" for what, value in recipe["seconds"].items()]
-    names = list(dict.fromkeys(n for r in recipe["rows"] for n, v in r["values"].items() if _flat(v)))
+    lines += [f"  {what}: {text} ({count} x)" for (what, text), count in _remarks(recipe).items()]
+    names = _numeric_names(recipe)
     head = ("layer", "site", "branch", "calls", *names)
     rows = [
         (
@@ -123,6 +138,31 @@ def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
         for r in recipe["rows"]
     ]
     return [*lines, table(head, rows)]
+
+
+def _numeric_names(recipe: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(n for r in recipe["rows"] for n, v in r["values"].items() if _flat(v)))
+
+
+def _remarks(recipe: dict[str, Any]) -> Counter[tuple[str, str]]:
+    """What was noted in words, and at how many sites."""
+    return Counter((n, v) for r in recipe["rows"] for n, v in r["values"].items() if isinstance(v, str))
+
+
+def _by_head(row: dict[str, Any], name: str) -> list[float]:
+    """A figure of (heads,) or (batch, heads), averaged over the batch; empty for any other."""
+    value = row["values"].get(name)
+    if not isinstance(value, list) or not value:
+        return []
+    samples = value if isinstance(value[0], list) else [value]
+    if any(len(sample) != row.get("heads") for sample in samples):
+        return []
+    return [sum(column) / len(column) for column in zip(*samples, strict=True)]
+
+
+def _at(row: dict[str, Any], name: str, head: int) -> str:
+    found = _by_head(row, name)
+    return f"{found[head]:.3g}" if found else "-"
 
 
 def _span(value: Any) -> str:
