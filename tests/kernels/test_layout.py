@@ -188,7 +188,7 @@ def _set(x, at, value):
     ("base", "change", "words"),
     [
         (GOOD, {"block_k": 0}, "positive int"),
-        (GOOD, {"kv_len": 400}, "past the last"),
+        (GOOD, {"kv_idx": _set(GOOD.kv_idx, (0, 0, 0, 3), 9)}, "past the last"),
         (GOOD, {"q_len": 100}, "Nq"),
         (GOOD, {"kv_num": GOOD.kv_num.long()}, "int64"),
         (GOOD, {"kv_num": _set(GOOD.kv_num, (0, 0, 0), 9)}, "outside"),
