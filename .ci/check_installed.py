@@ -39,8 +39,8 @@ def main() -> None:
         empty = folder / "empty"
         empty.mkdir()
         step("types", [python, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "-p", "patchkit"], empty)
-        step("import rules", [python, "-P", "-c", LINT, rules(folder / "rules.ini")], empty)
-        step("no stray packages", [python, "-P", "-c", STRAY], empty)
+        step("import rules", [python, "-I", "-c", LINT, rules(folder / "rules.ini")], empty)
+        step("no stray packages", [python, "-I", "-c", STRAY], empty)
         if arguments.run:
             run_demo(python, empty)
 

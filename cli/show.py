@@ -86,14 +86,22 @@ def info(
 
 
 def _options(cls: Any) -> list[dict[str, Any]]:
+    from patchkit.recipe_base import Recipe
+
     meanings: dict[str, str] = {}
     for parent in reversed(cls.__mro__):
         meanings |= documented(parent.__doc__ or "")
-    properties = cls.schema()["properties"]
-    return [
-        {"name": n, "takes": readable(p), "default": p.get("default"), "meaning": meanings.get(n, "")}
-        for n, p in properties.items()
+    rows = [
+        {
+            "name": n,
+            "takes": readable(p),
+            "default": p.get("default"),
+            "meaning": meanings.get(n, "").replace("``", "`"),
+        }
+        for n, p in cls.schema()["properties"].items()
     ]
+    common = Recipe.__dataclass_fields__
+    return sorted(rows, key=lambda row: row["name"] in common)  # the recipe's own first
 
 
 def documented(docstring: str) -> dict[str, str]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import platform
 from typing import Any
 
 from patchkit import loading, measure, zoo
 
-OPTIONAL = ("peft", "imageio", "imageio_ffmpeg", "skimage", "matplotlib")
+OPTIONAL = ("peft", "imageio", "imageio-ffmpeg", "scikit-image", "matplotlib")
 
 
 def diagnose() -> dict[str, Any]:
     """Everything as plain data; ``problems`` are sentences for the reader."""
     problems: list[str] = []
-    versions = measure.versions() | {name: _optional(name) for name in OPTIONAL}
+    versions = measure.versions((*measure.PACKAGES, *OPTIONAL))
     found: dict[str, Any] = {
         "versions": versions,
         "platform": platform.platform(),
@@ -24,19 +23,13 @@ def diagnose() -> dict[str, Any]:
         "zoo": {f"zoo/{name}": zoo.describe(name) for name in zoo.names()},
         "problems": problems,
     }
-    for name in ("imageio", "imageio_ffmpeg"):
+    for name in ("imageio", "imageio-ffmpeg"):
         if versions[name] is None:
             problems.append(f'{name} is not installed, so no mp4 can be written: pip install "patchkit[video]"')
     for name in zoo.names():
         if not (zoo.path(name) / "model_index.json").is_file():
             problems.append(f"the weights of zoo/{name} are missing from this installation")
     return found
-
-
-def _optional(name: str) -> str | None:
-    if importlib.util.find_spec(name) is None:
-        return None
-    return str(getattr(importlib.import_module(name), "__version__", "installed"))
 
 
 def _describe(device: str) -> str:

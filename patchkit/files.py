@@ -114,11 +114,14 @@ def _recipes(document: Document) -> tuple[Recipe, ...]:
     out: list[Recipe] = []
     for i, entry in enumerate(entries):
         name, options = _entry(document, ("recipes", i), entry)
-        if name in (r.name for r in out):
+        recipe = _build(document, ("recipes", i, name), name, options)
+        if recipe in out:  # with other options it may make sense: other layers, other steps
             raise RecipeFileError(
-                f"recipe {name!r} stands here a second time", document.where(("recipes", i)), "keep one of them"
+                f"recipe {name!r} stands here a second time, with the same options",
+                document.where(("recipes", i)),
+                "keep one of them",
             )
-        out.append(_build(document, ("recipes", i, name), name, options))
+        out.append(recipe)
     return tuple(out)
 
 
@@ -253,21 +256,20 @@ def examples() -> dict[str, str]:
 
 
 def locate(name: str) -> Document:
-    """The document behind what a user typed: a path to a recipe file, or the name of a recipe or shipped example."""
-    if Path(name).expanduser().exists() or name.endswith((".yaml", ".yml")) or "/" in name or os.sep in name:
+    """The document behind what a user typed: a path to a recipe file, or the name of a recipe or shipped example.
+
+    A recipe without an example gives a document that names nothing but the recipe.
+    """
+    if Path(name).expanduser().is_file() or name.endswith((".yaml", ".yml")) or "/" in name or os.sep in name:
         return read_file(name)
     shipped = examples()
-    if name in shipped:
-        return read_text(shipped[name], f"example {name}.yaml")
-    longer = [n for n in shipped if n.startswith((f"{name}-", f"{name}_"))]
-    if longer:
-        return read_text(shipped[longer[0]], f"example {longer[0]}.yaml")
+    found = [n for n in shipped if n == name] or [n for n in shipped if n.startswith((f"{name}-", f"{name}_"))]
+    if found:
+        return read_text(shipped[found[0]], f"example {found[0]}.yaml")
     if name in registry.all_recipes():
-        raise RecipeFileError(
-            f"recipe {name!r} comes without an example",
-            name,
-            "write a recipe file for it; `patchkit info` lists its options",
-        )
+        return Document({"version": VERSION, "recipes": [name]}, f"recipe {name}")
+    if Path(name).exists():
+        return read_file(name)  # says what is wrong with it
     raise RecipeFileError(
-        f"there is neither a file nor a recipe {name!r}", "", nearest(name, {*shipped, *registry.all_recipes()})
+        f"there is neither a file nor a recipe {name!r}", name, nearest(name, {*shipped, *registry.all_recipes()})
     )

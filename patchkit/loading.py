@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,9 @@ def _hub_index(spec: ModelSpec) -> dict[str, Any] | None:
     from diffusers import DiffusionPipeline
 
     try:
-        return dict(DiffusionPipeline.load_config(spec.id, **_chosen(revision=spec.revision)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # diffusers' own call of the hub client, not the user's
+            return dict(DiffusionPipeline.load_config(spec.id, **_chosen(revision=spec.revision)))
     except OSError as error:
         logger.debug("no pipeline index for %s: %s", spec.id, error)
         return None  # perhaps a transformers model; its loader says what is wrong otherwise
@@ -157,9 +160,9 @@ def load(spec: ModelSpec, *, quiet: bool = False) -> Loaded:
             return _load_text(spec, dtype, device)
         except PatchkitError:
             raise
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the libraries raise whatever their own parts raise
             raise PatchkitError(
-                f"the model could not be loaded: {_first_lines(error)}",
+                f"the model could not be loaded: {type(error).__name__}: {_first_lines(error)}",
                 spec.id,
                 "check the id, the revision and variant, the network, and for gated models your login",
             ) from error

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,10 +17,10 @@ from patchkit.loading import Loaded
 PACKAGES = ("patchkit", "torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
 
 
-def versions() -> dict[str, str | None]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     """Versions of Python and of the packages that matter; None = not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

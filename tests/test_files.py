@@ -51,6 +51,11 @@ def test_only_recipes_are_needed_to_apply():
     assert (file.model, file.inputs, file.output, file.compare) == (None, {}, None, False)
 
 
+def test_a_recipe_may_stand_twice_with_other_options():
+    file = parse("version: 1\nrecipes: [dimming: {layers: 0}, dimming: {layers: 1}]\n")
+    assert [r.layers for r in file.recipes] == [0, 1]
+
+
 @pytest.mark.parametrize("folder", ["out/", "out"])
 def test_output_folder(folder):
     assert parse(f"version: 1\nrecipes: [dimming]\noutput: {folder}\n").output.folder
@@ -324,7 +329,11 @@ def test_locate(tmp_path, monkeypatch):
     with pytest.raises(errors.RecipeFileError, match="neither a file nor a recipe") as caught:
         files.locate("adapsa")
     assert "'adaspa'" in caught.value.remedy
-    with pytest.raises(errors.RecipeFileError, match="without an example"):
-        files.locate("dimming")
+    bare = files.parse(files.locate("dimming"))
+    assert bare.recipes == (testing_recipes.Dimming(),)
+    with pytest.raises(errors.RecipeFileError, match="no model is named"):
+        bare.require()
+    (tmp_path / "adaspa").mkdir()
+    assert files.locate("adaspa").source == "example adaspa.yaml"
     with pytest.raises(errors.RecipeFileError, match="there is no file"):
         files.locate("none.yaml")

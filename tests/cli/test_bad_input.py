@@ -51,9 +51,8 @@ def test_paths(cli, here):
     (here / "folder").mkdir()
     refused(cli("run", "folder"), here, "folder is a directory")
     refused(cli("run", "none.yaml"), here, "there is no file none.yaml")
-    result = cli("run", "adapsa")
-    assert result.exit_code == 2
-    assert "did you mean 'adaspa'?" in result.stderr
+    refused(cli("run", "adapsa"), here, "did you mean 'adaspa'?")
+    refused(cli("run", "slow"), here, "no model is named", "--model")
 
 
 RUNNABLE = """\
@@ -155,6 +154,6 @@ def test_comparisons(cli, here):
 
 
 def test_recipes_that_do_not_exist(cli, here):
-    refused_result = cli("info", "adapsa")
-    assert refused_result.exit_code == 2
-    assert "did you mean 'adaspa'?" in refused_result.stderr
+    result = cli("info", "adapsa")
+    assert result.exit_code == 2
+    assert "did you mean 'adaspa'?" in result.stderr

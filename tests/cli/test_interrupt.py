@@ -16,7 +16,7 @@ MAIN = "import testing_recipes\nfrom patchkit.cli.main import main\nmain()\n"
 @pytest.mark.skipif(os.name == "nt", reason="signals are different there")
 def test_ctrl_c_in_the_middle_of_a_run(recipe_file, here):
     recipe_file.write_text(recipe_file.read_text().replace("dimming: {density: 0.25}", "slow: {seconds: 0.5}"))
-    command = [sys.executable, "-P", "-c", MAIN, "run", "r.yaml", "--no-compare", "--num-inference-steps", "100"]
+    command = [sys.executable, "-c", MAIN, "run", "r.yaml", "--no-compare", "--num-inference-steps", "100"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     with subprocess.Popen(
         command, cwd=here, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

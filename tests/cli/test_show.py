@@ -45,7 +45,7 @@ def test_help_imports_nothing_heavy():
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'pydantic', 'triton'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
 
 
