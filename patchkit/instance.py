@@ -33,10 +33,25 @@ def original_class(obj: Any) -> type:
 def override(journal: Journal, owner: object, obj: Any, methods: dict[str, Callable[..., Any]], mark: Any) -> None:
     """Give ``obj`` a subclass in which ``methods`` stand before its own; ``mark`` is found again by :func:`mark_of`."""
     original = type(obj)
-    journal.set(owner, obj, "__class__", subclass(original, methods, mark))
+    journal.set(owner, obj, "__class__", subclass(original, methods, mark, _posing(type(original))))
 
 
-def subclass(original: type, methods: dict[str, Callable[..., Any]], mark: Any) -> type:
+def _posing(kind: type) -> type:
+    """A metaclass whose classes equal the one they stand for: ``from_pipe`` asks ``type(component) in (...)``."""
+
+    def base(cls: Any) -> Any:
+        return cls.__bases__[0] if MARK in vars(cls) else cls
+
+    body: dict[str, Any] = {
+        "__eq__": lambda cls, other: cls is other or base(cls) is other,
+        "__hash__": lambda cls: type.__hash__(base(cls)),
+    }
+    return type(kind.__name__, (kind,), body)
+
+
+def subclass(
+    original: type, methods: dict[str, Callable[..., Any]], mark: Any, kind: Callable[..., type] | None = None
+) -> type:
     """A subclass of ``original`` that looks like it, and whose copies and new instances are plain ``original``."""
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +73,7 @@ def subclass(original: type, methods: dict[str, Callable[..., Any]], mark: Any) 
     for name, method in methods.items():
         inherited = getattr(original, name)
         body[name] = functools.wraps(inherited)(method)
-    return type(original)(original.__name__, (original,), body)
+    return (kind or type(original))(original.__name__, (original,), body)
 
 
 def _parts(obj: Any) -> tuple[Any, tuple[Any, ...], Any]:

@@ -26,7 +26,7 @@ from patchkit.tracker import Frame
 
 NAME = "patchkit"
 # arguments of attention functions that change the numbers and that the compiled op has no place for
-_NOT_COMPILED = ("s_aux", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+_NOT_COMPILED = ("position_bias", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 _VISION = ("vision", "visual", "image_encoder", "vit.")
 
 

@@ -12,7 +12,7 @@ from patchkit import registry
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
-    known = dict(registry._recipes)
+    known = registry.all_recipes()  # with our own ones, which register when they are first imported
     yield
     registry._recipes.clear()
     registry._recipes.update(known)

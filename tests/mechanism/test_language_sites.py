@@ -1,4 +1,4 @@
-"""What a recipe is told at every attention call of the transformers models, in all the ways in which they are called."""
+"""What a recipe is told at every attention call of the transformers models, in all the ways they are called."""
 
 from __future__ import annotations
 
@@ -278,4 +278,4 @@ def test_gradients(checkpointing: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
     again = watch.seen[2:]
     assert len(again) == (2 if checkpointing else 0)
-    assert again == [s for s in reversed(watch.seen[:2])][: len(again)]
+    assert again == watch.seen[1::-1][: len(again)]

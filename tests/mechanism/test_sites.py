@@ -119,7 +119,7 @@ def differences(got: list[Seen], wanted: list[Seen]) -> list[str]:
 
 @PIPELINES
 def test_default_call(name: str) -> None:
-    """Kind, layer, shapes, mask and what it hides, grid, text span, step, total, branch, op index; and no more calls."""
+    """Kind, layer, shapes, mask and what it hides, grid, text span, step, total, branch, op index; no more calls."""
     got, _, watch = watched(name)
     assert not differences(got, expected(name))
     facts = tiny.PIPELINES[name].expected
