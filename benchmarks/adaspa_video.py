@@ -26,9 +26,9 @@ def generate(pipe: Any, prompt: str, seed: int, steps: int) -> tuple[Any, float]
 
     from patchkit import zoo
 
-    inputs = dict(zoo.defaults("video")) | {"num_inference_steps": steps}
+    inputs = dict(zoo.defaults("video")) | {"prompt": prompt, "num_inference_steps": steps}
     begun = time.perf_counter()
-    frames = pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="pt", **inputs).frames[0]
+    frames = pipe(generator=torch.Generator().manual_seed(seed), output_type="pt", **inputs).frames[0]
     return frames.float(), time.perf_counter() - begun
 
 

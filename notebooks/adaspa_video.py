@@ -33,8 +33,8 @@ prompt = "a red circle moving right on a blue background"
 
 def generate(steps=20, seed=0):
     """One clip, (17, 3, 64, 64) in [0, 1]."""
-    inputs = dict(zoo.defaults("video")) | {"num_inference_steps": steps}
-    return pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="pt", **inputs).frames[0].float()
+    inputs = dict(zoo.defaults("video")) | {"prompt": prompt, "num_inference_steps": steps}
+    return pipe(generator=torch.Generator().manual_seed(seed), output_type="pt", **inputs).frames[0].float()
 
 
 # %% [markdown]
