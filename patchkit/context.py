@@ -46,7 +46,8 @@ class Moment:
     """Where in the run a call happens.
 
     ``step`` counts from 0 and ``total`` is the number of denoising steps; both are None where nobody tells (a bare
-    model outside a pipeline). For a language model, ``step`` is 0 in the prefill and then counts decoded tokens.
+    model outside a pipeline). For a language model, ``step`` is 0 in the prefill and then counts forwards: tokens, and
+    further chunks of a prefill that is done in chunks.
     ``branch`` names the guidance pass: ``"cond"``, ``"uncond"``, ``"batched"`` (both in one batch, unconditional half
     first) or ``"single"`` (no guidance, or guidance embedded in the model).
     """

@@ -97,7 +97,7 @@ class Installation:
     def refresh(self) -> None:
         """Before a run: users swap schedulers, and wrap models for compiling, after patching."""
         self._listen()
-        for name, module in self.adapter.components().items():
+        for name, module in self.adapter.holders().items():
             if unwrap(module) is self.entered.get(name):
                 enter(self, name, module)
 
@@ -284,8 +284,8 @@ class Installation:
         found = self._swapped() + self.journal.drift()
         if self.tracker.blind:
             found.append(
-                "attention ran in a compiled graph outside any call we see: step, branch and grid were unknown there "
-                "(torch.compile was put around a patched model; apply to what torch.compile returned instead)"
+                "attention ran outside any call of the model that we see: step, branch and grid were unknown there "
+                "(torch.compile or peft was put around a patched model; apply to the wrapper instead)"
             )
         return found
 

@@ -58,7 +58,7 @@ class Tracker:
         self._contexts: dict[str, str] = {}  # component -> name of the running cache_context
         self._loose: Frame | None = None
         self._recent: list[Frame] = []  # of the last call, for checkpointed blocks that run again in the backward
-        self.blind = False  # whether a compiled graph ran where no call of the denoiser was seen
+        self.blind = False  # whether attention ran where no call of the denoiser was seen
         self.clocked = False  # whether a scheduler tells the steps
         self.reset()
 
@@ -214,7 +214,7 @@ class Tracker:
                 call.moment = frame.moment
                 self._place(call, frame, self.memory)
                 return
-        self.blind = self.blind or bool(call.extra.get("compiled"))
+        self.blind = self.blind or call.site.component != "vision"
         # called outside any denoiser: vision towers are, before the decoder that uses them
         self._loose = self._loose or Frame("", Moment(self.step if self.clocked else None, self.total))
         call.moment = self._loose.moment

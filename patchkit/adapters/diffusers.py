@@ -99,7 +99,7 @@ class DiffusersAdapter(Adapter):
 
     def foreign(self) -> list[str]:
         found = []
-        for name, outer in self.components().items():
+        for name, outer in self.holders().items():
             module = unwrap(outer)
             hooks = _hook_names(module)
             if hooks:

@@ -1,4 +1,4 @@
-"""What others attach, before or after: named in plan, status and report; never overwritten; refused where it must be."""
+"""What others attach, named in plan, status and report, never overwritten, refused where it must be."""
 
 from __future__ import annotations
 

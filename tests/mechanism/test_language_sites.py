@@ -238,9 +238,12 @@ def test_a_peft_model_as_target(first: str) -> None:
             with torch.no_grad():
                 run()
             steps = [s.step for s in watch.seen if s.layer == 0]
-            if first == "wrapper" or len(steps) > 1:
-                assert steps == list(range(len(steps)))
             assert len(steps) in (1, 3)
+            if first == "wrapper":
+                assert steps == list(range(len(steps)))
+                assert patchkit.status(wrapped)["drift"] == []
+        if first == "model":  # the wrapper's own call came too late to be seen, which is said
+            assert "apply to the wrapper" in patchkit.status(model)["drift"][0]
 
 
 def test_bf16_and_a_visible_recipe() -> None:

@@ -160,7 +160,7 @@ def test_importing_loads_none_of_the_libraries() -> None:
         """
         import sys
         import patchkit
-        patchkit.apply, patchkit.plan, patchkit.status, patchkit.remove, patchkit.Recipe, patchkit.recipe, patchkit.Patch
+        patchkit.apply, patchkit.plan, patchkit.status, patchkit.remove, patchkit.Recipe, patchkit.Patch
         loaded = {"diffusers", "transformers", "triton", "accelerate", "peft"} & set(sys.modules)
         assert not loaded, loaded
         patchkit.recipes()
