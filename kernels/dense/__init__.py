@@ -20,7 +20,8 @@ WHERE = "dense_attention"
 def _dense_lse(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    out, lse = dense_with_lse(q, k, v, mask, scale, causal)
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = dense_with_lse(q, k, v, mask, scale, causal)
     return out.contiguous(), lse.contiguous()
 
 
@@ -93,6 +94,11 @@ def dense_attention(
         )
     _check(q, k, v, mask, causal, enable_gqa)
     refuse_gradient(WHERE, q=q, k=k, v=v, mask=mask)
+    if torch.is_autocast_enabled(q.device.type):
+        # What SDPA does under autocast, so that the output stays the same bit for bit.
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
     return _dense_lse(q, k, v, mask, scale, causal)
 
 

@@ -26,7 +26,9 @@ def _block_mass(
     row_sum: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return block_mass_blocked(q, k, lse, block_q, block_k, kv_lens, row_sum, scale)
+    # Precision is this operator's business: under the caller's autocast its fp32 matmuls would become bf16.
+    with torch.autocast(q.device.type, enabled=False):
+        return block_mass_blocked(q, k, lse, block_q, block_k, kv_lens, row_sum, scale)
 
 
 @_block_mass.register_fake

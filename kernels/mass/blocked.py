@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..threads import for_each
 from .reference import EXPONENT_LIMIT
 
 LOG2E = math.log2(math.e)
-# Tile of logits: as many rows as keep the matmul near its peak, with 1024 keys to stay in a core's share of the cache.
+# Tile of logits: as many rows as keep the matmul near its peak, times 1024 keys to stay in the cache.
 TILE_Q, TILE_K = 512, 1024
 # An accelerator wants larger launches.
 DEVICE_TILE_Q, DEVICE_TILE_K = 1024, 8192
@@ -38,19 +40,30 @@ def block_mass_blocked(
     tile_q, tile_k = (TILE_Q, TILE_K) if q.device.type == "cpu" else (DEVICE_TILE_Q, DEVICE_TILE_K)
     step_q, step_k = max(1, tile_q // block_q) * block_q, max(1, tile_k // block_k) * block_k
     lens = [kv_len] * B if kv_lens is None else [int(n) for n in kv_lens.tolist()]
-    buffer = torch.empty(min(step_q, q_len) * min(step_k, kv_len), dtype=torch.float32, device=q.device)
-    for b in range(B):
-        for h in range(H):
-            keys = k[b, h // group, : lens[b]]
-            longest = float(keys.float().norm(dim=-1).amax()) if lens[b] else 0.0
-            for start in range(0, q_len, step_q):
-                rows = slice(start, min(q_len, start + step_q))
-                band = Band(q[b, h, rows], lse[b, h, rows], scale, block_q, block_k, buffer, step_k, row_sum)
-                total, per_row = band.run(keys, longest)
-                W[b, h, start // block_q : -(-rows.stop // block_q), : total.shape[1]] = total
-                if per_row is not None:
-                    sums[b, h, rows] = per_row
+    longest = {(b, g): longest_key(k[b, g, : lens[b]]) for b in range(B) for g in range(k.shape[1])}
+
+    def make_worker() -> Callable[[tuple[int, int, int]], None]:
+        buffer = torch.empty(min(step_q, q_len) * min(step_k, kv_len), dtype=torch.float32, device=q.device)
+
+        def work(at: tuple[int, int, int]) -> None:
+            b, h, start = at
+            rows = slice(start, min(q_len, start + step_q))
+            band = Band(q[b, h, rows], lse[b, h, rows], scale, block_q, block_k, buffer, step_k, row_sum)
+            total, per_row = band.run(k[b, h // group, : lens[b]], longest[b, h // group])
+            W[b, h, start // block_q : -(-rows.stop // block_q), : total.shape[1]] = total
+            if per_row is not None:
+                sums[b, h, rows] = per_row
+
+        return work
+
+    bands = [(b, h, start) for b in range(B) for h in range(H) for start in range(0, q_len, step_q)]
+    for_each(bands, make_worker, q.device)
     return W, sums
+
+
+def longest_key(keys: Tensor) -> float:
+    """Largest norm among keys (n, D), NaN if one of them is; 0 without keys."""
+    return float(torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).amax()) if keys.shape[0] else 0.0
 
 
 class Band:

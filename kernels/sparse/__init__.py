@@ -52,10 +52,12 @@ def _block_sparse(
         kv_seg,
         kv_lens,
     )
-    if keeps_everything(layout):
-        out, lse = complete_attention(q, k, v, layout, scale)
-    else:
-        out, lse = block_sparse_blocked(q, k, v, layout, scale, num_splits)
+    # Precision is this operator's business: under the caller's autocast its fp32 matmuls would become bf16.
+    with torch.autocast(q.device.type, enabled=False):
+        if keeps_everything(layout):
+            out, lse = complete_attention(q, k, v, layout, scale)
+        else:
+            out, lse = block_sparse_blocked(q, k, v, layout, scale, num_splits)
     return out.contiguous(), lse.contiguous()
 
 

@@ -3,16 +3,20 @@
 Per (sample, head): query blocks with lists of equal length share one batched call on gathered keys and values; blocks
 that attend to the same run of keys (all of them: text rows) are computed in place, without a gather. Ragged last key
 blocks and partial blocks are attended separately and joined exactly through their log-sum-exp, so that the bulk of the
-work carries no mask. Memory: O(one chunk); nothing of q, k or v is copied as a whole, and dropped keys are never read.
+work carries no mask. Memory: O(one chunk) per thread; nothing of q, k or v is copied as a whole, and dropped keys are
+never read.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
 from ..merge import merge_states
+from ..threads import for_each
 from .gather import Gather
 from .schedule import Group, groups_of
 from .tile import attend, native_low_precision
@@ -24,8 +28,20 @@ CHUNK_KEYS = 4096
 CHUNK_ROWS = 1024
 # An accelerator wants larger launches; this bounds its logits to 64 Mi entries.
 DEVICE_CHUNK_KEYS = 65536
+# Pieces of work per thread: enough to even out heads of different density.
+PIECES = 4
 
 State = tuple[Tensor, Tensor]
+
+
+class Piece(NamedTuple):
+    """Rows start..stop of one group, in sample ``b`` and head ``h``."""
+
+    b: int
+    h: int
+    work: Group
+    start: int
+    stop: int
 
 
 def block_sparse_blocked(
@@ -34,28 +50,26 @@ def block_sparse_blocked(
     """See :func:`patchkit.kernels.block_sparse_attention`; tensors are (B, H, N, D) views with contiguous D."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    lens = [layout.kv_len] * q.shape[0] if layout.kv_lens is None else [int(n) for n in layout.kv_lens.tolist()]
-    lens = lens * q.shape[0] if len(lens) == 1 else lens
+    B, H = q.shape[:2]
+    lens = [layout.kv_len] * B if layout.kv_lens is None else [int(n) for n in layout.kv_lens.tolist()]
+    threads = torch.get_num_threads() if q.device.type == "cpu" else 1
+    rows = min(max(1, CHUNK_ROWS // layout.block_q), max(1, B * H * layout.n_q // (PIECES * threads)))
     plans: dict[tuple[int, int, int], list[Group]] = {}
-    group = q.shape[1] // k.shape[1]
-    on_cpu = q.device.type == "cpu"
-    widen = on_cpu and q.dtype in (torch.bfloat16, torch.float16) and not native_low_precision()
-    budget = max(layout.block_k, CHUNK_KEYS if on_cpu else DEVICE_CHUNK_KEYS)
-    gather = Gather(min(budget, layout.n_q * layout.n_k * layout.block_k), k, layout.block_k, widen)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
+    pieces = []
+    for b in range(B):
+        for h in range(H):
             key = (b if layout.batch > 1 else 0, h if layout.heads > 1 else 0, lens[b])
             if key not in plans:
                 plans[key] = groups_of(layout, *key)
-            keys, values = k[b, h // group, : lens[b]], v[b, h // group, : lens[b]]
-            head = Head(q[b, h], keys, values, layout, scale, b, h, num_splits, gather, budget)
             for work in plans[key]:
-                head.run(work, out[b, h], lse[b, h])
+                total = len(work.rows)
+                pieces += [Piece(b, h, work, a, min(total, a + rows)) for a in range(0, total, rows)]
+    for_each(pieces, lambda: Worker(q, k, v, layout, scale, num_splits, lens, out, lse), q.device)
     return out, lse
 
 
-class Head:
-    """The work of one (sample, head): q (q_len, D), valid keys and values (kv, D), and the layout rows it follows."""
+class Worker:
+    """Computes pieces of one call; each thread has its own, with its own buffers."""
 
     def __init__(
         self,
@@ -64,41 +78,54 @@ class Head:
         v: Tensor,
         layout: BlockLayout,
         scale: float,
-        b: int,
-        h: int,
         splits: int,
-        gather: Gather,
-        budget: int,
+        lens: list[int],
+        out: Tensor,
+        lse: Tensor,
     ) -> None:
-        self.q, self.k, self.v, self.layout, self.scale = q, k, v, layout, scale
-        self.b = b
-        self.lb, self.lh = (b if layout.batch > 1 else 0), (h if layout.heads > 1 else 0)
-        self.splits, self.gather, self.budget = splits, gather, budget
-        gather.bind(k, v)
+        self.tensors, self.layout, self.scale, self.splits, self.lens = (q, k, v), layout, scale, splits, lens
+        self.out, self.lse = out, lse
+        on_cpu = q.device.type == "cpu"
+        widen = on_cpu and q.dtype in (torch.bfloat16, torch.float16) and not native_low_precision()
+        self.budget = max(layout.block_k, CHUNK_KEYS if on_cpu else DEVICE_CHUNK_KEYS)
+        capacity = min(self.budget, layout.n_q * layout.n_k * layout.block_k)
+        self.gather = Gather(capacity, k, layout.block_k, widen)
+        self.at: tuple[int, int] | None = None
 
-    def run(self, work: Group, out: Tensor, lse: Tensor) -> None:
-        """Compute all query blocks of ``work`` into out (q_len, D) and lse (q_len,)."""
+    def _bind(self, b: int, h: int) -> None:
+        """Turn to sample ``b`` and head ``h``: q (q_len, D), valid keys and values (kv, D)."""
+        if self.at == (b, h):
+            return
+        q, k, v = self.tensors
+        head = h // (q.shape[1] // k.shape[1])
+        self.q, self.k, self.v = q[b, h], k[b, head, : self.lens[b]], v[b, head, : self.lens[b]]
+        self.lb, self.lh = (b if self.layout.batch > 1 else 0), (h if self.layout.heads > 1 else 0)
+        self.gather.bind(self.k, self.v)
+        self.at = (b, h)
+
+    def __call__(self, piece: Piece) -> None:
+        """Compute one piece into its rows of out and lse."""
+        b, h, work, start, stop = piece
+        self._bind(b, h)
         bq = self.layout.block_q
-        per_call = max(1, CHUNK_ROWS // bq)
-        for start in range(0, len(work.rows), per_call):
-            rows = work.rows[start : start + per_call]
-            r = min(bq, self.layout.q_len - rows[-1] * bq)
-            consecutive = rows[-1] - rows[0] + 1 == len(rows)
-            # A ragged last query block is always alone in its group, so a chunk has one block height r.
-            if consecutive:
-                where: slice | Tensor = slice(rows[0] * bq, rows[0] * bq + (len(rows) - 1) * bq + r)
-                q = self.q[where]
-            else:
-                blocks = torch.tensor(rows, device=self.q.device)
-                where = (blocks.unsqueeze(-1) * bq + torch.arange(r, device=self.q.device)).flatten()
-                q = self.q.index_select(0, where)
-            state = self._chunk(work, start, rows, q.unflatten(0, (len(rows), r)))
-            if state is None:
-                out[where], lse[where] = 0, float("-inf")
-            else:
-                out[where], lse[where] = state[0].flatten(0, 1).to(out.dtype), state[1].flatten()
+        rows = work.rows[start:stop]
+        # A ragged last query block is always alone in its group, so a piece has one block height r.
+        r = min(bq, self.layout.q_len - rows[-1] * bq)
+        if rows[-1] - rows[0] + 1 == len(rows):
+            where: slice | Tensor = slice(rows[0] * bq, rows[-1] * bq + r)
+            q = self.q[where]
+        else:
+            blocks = torch.tensor(rows, device=self.q.device)
+            where = (blocks.unsqueeze(-1) * bq + torch.arange(r, device=self.q.device)).flatten()
+            q = self.q.index_select(0, where)
+        state = self._attend(work, start, rows, q.unflatten(0, (len(rows), r)))
+        out, lse = self.out[b, h], self.lse[b, h]
+        if state is None:
+            out[where], lse[where] = 0, float("-inf")
+        else:
+            out[where], lse[where] = state[0].flatten(0, 1).to(out.dtype), state[1].flatten()
 
-    def _chunk(self, work: Group, start: int, rows: list[int], q: Tensor) -> State | None:
+    def _attend(self, work: Group, start: int, rows: list[int], q: Tensor) -> State | None:
         """Attention of query blocks q (c, r, D), or None if they have no keys."""
         state: State | None = None
         bk, kv = self.layout.block_k, self.k.shape[0]
@@ -119,7 +146,7 @@ class Head:
         return state
 
     def _in_place(self, q: Tensor, lo: int, hi: int) -> State:
-        """All rows of the chunk over keys lo..hi, read where they are."""
+        """All rows of the piece over keys lo..hi, read where they are."""
         c, r, d = q.shape
         o, lse = attend(q.reshape(1, c * r, d), self.k[None, lo:hi], self.v[None, lo:hi], self.scale)
         return o.view(c, r, d), lse.view(c, r)
@@ -143,13 +170,14 @@ class Head:
         """Query blocks over their ``count`` partial key blocks, under the element rule."""
         layout, bq, bk = self.layout, self.layout.block_q, self.layout.block_k
         assert layout.part_idx is not None
+        assert self.at is not None
         c, r, _ = q.shape
         p = torch.tensor(rows, device=q.device)
         blocks = layout.part_idx[self.lb, self.lh].index_select(0, p)[:, :count].to(torch.int64)
         k_pos = (blocks.unsqueeze(-1) * bk + self.gather.token).flatten(1)
         inside = k_pos < self.k.shape[0]
         q_pos = p.unsqueeze(-1) * bq + torch.arange(r, device=q.device)
-        ok = layout.rule.pairs(self.b, q_pos.unsqueeze(-1), k_pos.unsqueeze(1)) & inside.unsqueeze(1)
+        ok = layout.rule.pairs(self.at[0], q_pos.unsqueeze(-1), k_pos.unsqueeze(1)) & inside.unsqueeze(1)
         bits = layout.partial_bits(self.lb, self.lh, p)
         if bits is not None:
             ok &= bits[:, :count, :r].transpose(1, 2).flatten(2)
