@@ -81,12 +81,14 @@ def load_folder(folder: Path, pipeline: str, torch_dtype: Any = None) -> Any:
     """Load a pipeline of the zoo's making from any folder, ready to be called without further arguments."""
     import diffusers
     import torch
+    from diffusers.utils import deprecation_utils
 
     from patchkit.zoo.text import cap_length
 
-    pipe = getattr(diffusers, pipeline).from_pretrained(
-        folder, torch_dtype=torch_dtype or torch.float32, local_files_only=True
-    )
+    # newer releases of diffusers call it "dtype" and warn about the older name
+    argument = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
+    options = {argument: torch_dtype or torch.float32, "local_files_only": True}
+    pipe = getattr(diffusers, pipeline).from_pretrained(folder, **options)
     cap_length(pipe.tokenizer)
     return pipe
 
