@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def enter(installation: Installation, component: str, module: Any) -> None:
     """Override the calls of ``module`` and of everything inside it that may be called in its stead.
 
-    peft's wrapper calls the forward of the model inside, past its ``__call__``, but ``generate`` calls the model
-    itself; a compiled wrapper may be put around a model after it was patched. So each gets our call, and the
+    A wrapper of peft may call the forward of the model inside, past its ``__call__``, while ``generate`` calls the
+    model itself; a compiled wrapper may be put around a model after it was patched. So each gets our call, and the
     outermost that runs counts. What has been entered already is left alone.
     """
     for part in layers_of(module):

@@ -68,8 +68,8 @@ class Tracker:
         """A new run begins."""
         self.step: int | None = 0 if self.clocked else None
         self.total: int | None = None
-        self._unnamed: Counter[str] = Counter()
-        self._batched: dict[str, bool] = {}
+        self._unnamed: Counter[tuple[str, str]] = Counter()  # calls in this step, by (component, branch)
+        self._batched: dict[str, int] = {}  # size of the batch that holds both guidance halves, else 0
         self._grids: dict[str, tuple[tuple[Any, ...], Grid | None]] = {}
         self.memory: dict[str, Any] = {}  # what an adapter wants to remember until the run ends
         self._bare = _BareClock()
@@ -142,11 +142,13 @@ class Tracker:
         name = self._contexts.get(component)
         if name not in (None, "cond_uncond"):
             return str(name)
+        size = _batch(inputs)
         if component not in self._batched:
-            self._batched[component] = self._is_batched(inputs)
-        base = "batched" if self._batched[component] else "single"
-        seen = self._unnamed[component]
-        self._unnamed[component] += 1
+            self._batched[component] = size if self._is_batched(inputs) else 0
+        # a further pass of the same step may run one half only, as skip-layer guidance does
+        base = "batched" if size and size == self._batched[component] else "single"
+        seen = self._unnamed[component, base]
+        self._unnamed[component, base] += 1
         return base if seen == 0 or not self.clocked else f"{base}#{seen}"
 
     def _is_batched(self, inputs: dict[str, Any]) -> bool:
@@ -219,6 +221,11 @@ class Tracker:
         self._loose = self._loose or Frame("", Moment(self.step if self.clocked else None, self.total))
         call.moment = self._loose.moment
         self._place(call, self._loose, self.memory)
+
+
+def _batch(inputs: dict[str, Any]) -> int:
+    latents = inputs.get("hidden_states", inputs.get("sample"))
+    return int(latents.shape[0]) if isinstance(latents, torch.Tensor) and latents.ndim else 0
 
 
 class _BareClock:

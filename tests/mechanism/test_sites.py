@@ -232,6 +232,34 @@ def test_six_steps_split_over_two_denoisers() -> None:
     assert {s.total for s in got} == {6}
 
 
+def test_a_pass_of_one_half_in_the_same_step() -> None:
+    """Skip-layer guidance runs the conditional half once more: another branch, with a state of its own."""
+    options = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    got, _, _ = watched("sd35", steps=4, **options)
+    calls = list(dict.fromkeys((s.step, s.branch, s.q[0]) for s in got))
+    assert calls == [(0, "batched", 2), *[(i, b, n) for i in (1, 2, 3) for b, n in (("batched", 2), ("single", 1))]]
+
+
+def test_repeated_passes_of_a_step_have_names_of_their_own() -> None:
+    """Passes that nobody names are numbered, and the numbers begin anew at each step."""
+    pipe, watch = tiny.PIPELINES["sd3"].build(), Watch()
+    with patchkit.apply(pipe, watch):
+        model = pipe.transformer
+        pipe.scheduler.set_timesteps(2)
+        inputs = {
+            "hidden_states": torch.randn(1, 4, 16, 16),
+            "encoder_hidden_states": torch.randn(1, 93, 64),
+            "pooled_projections": torch.randn(1, 64),
+        }
+        with torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                for _ in range(3):
+                    out = model(**inputs, timestep=t[None], return_dict=False)[0]
+                pipe.scheduler.step(out, t, inputs["hidden_states"])
+    names = [(s.step, s.total, s.branch) for s in watch.seen if s.layer == 0]
+    assert names == [(i, 2, b) for i in range(2) for b in ("single", "single#1", "single#2")]
+
+
 def test_linear_attention_is_left_and_named() -> None:
     plan = patchkit.plan(built("sana"), Watch()).to_dict()["recipes"][0]
     assert len(plan["matched"]) == 2
