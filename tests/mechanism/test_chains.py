@@ -181,6 +181,28 @@ def test_a_branch_of_its_own_has_a_state_of_its_own() -> None:
     assert all(calls == step + 1 for _, _, _, step, calls in counter.counts)
 
 
+def test_an_inversion_is_told_its_own_number_of_steps() -> None:
+    """Not the number that the pipeline had announced in an earlier, shorter run."""
+
+    @recipe("toy-inversion")
+    @dataclass(frozen=True)
+    class Inversion(Recipe):
+        def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:
+            pipe = call.pipeline
+            pipe.scheduler.set_timesteps(5)
+            with torch.no_grad():
+                pipe.transformer(torch.randn(1, 16, 3, 4, 6), pipe.scheduler.timesteps[:1], torch.randn(1, 16, 32))
+            return next(call)
+
+    entry = tiny.PIPELINES["wan21"]
+    pipe, watch = entry.build(), Watch(layers="0", targets=["attn1"])
+    tiny.run(entry, pipe, steps=2)
+    with patchkit.apply(pipe, [Inversion(), watch]):
+        tiny.run(entry, pipe, steps=3)
+    assert [s.total for s in watch.seen] == [5, *[3] * 6]
+    assert [s.branch for s in watch.seen] == ["single", *["cond", "uncond"] * 3]
+
+
 def test_calling_the_module_instead_of_next() -> None:
     """No endless recursion: it is the model without the denoise chain, with the same step and branch."""
 

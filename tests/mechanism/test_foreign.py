@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from fingerprint import assert_same, fingerprint
 from mechanism.toys import Identity, Scale, Watch, counting_ops
 
 import patchkit
+from patchkit.sites import Site
 
 
 def hooked(kind: str) -> Callable[[Any], None]:
@@ -140,7 +142,8 @@ def test_fusing_while_patched_and_unfusing_after(name: str) -> None:
     assert bool(patch.remove()) == replaced
     torch.testing.assert_close(tiny.run(entry, pipe), plain, atol=1e-4, rtol=1e-4)
     model.unfuse_qkv_projections()
-    assert torch.equal(tiny.run(entry, pipe), plain)
+    with mock.patch.object(Site, "run", side_effect=AssertionError("a removed patch still runs")):
+        assert torch.equal(tiny.run(entry, pipe), plain)
     with patchkit.apply(pipe, Scale()) as again:
         assert torch.equal(tiny.run(entry, pipe), scaled)
         assert again.report()["drift"] == []

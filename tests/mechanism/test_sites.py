@@ -208,6 +208,17 @@ def test_another_number_of_frames(name: str) -> None:
             assert s.q[2] == s.grid.tokens + len(s.text)
 
 
+@pytest.mark.parametrize("name", ["sd15", "mochi", "qwenimage"])
+def test_calls_of_different_kinds_under_one_patch(name: str) -> None:
+    """Guidance, none, and guidance again: nothing of one call is told in the next."""
+    entry, pipe, watch = tiny.PIPELINES[name], built(name), Watch()
+    with patchkit.apply(pipe, watch):
+        for variant in (None, "no_cfg", None):
+            watch.seen.clear()
+            tiny.run(entry, pipe, variant=variant)
+            assert not differences(watch.seen, expected(name, variant=variant))
+
+
 def test_odd_latents_of_a_unet() -> None:
     """A level halves an odd side rounding up."""
     unet, watch = tiny.PIPELINES["sd15"].build().unet, Watch()
