@@ -65,8 +65,9 @@ def main() -> None:
     rng = random.Random(1234)
     prompts = [world.sample_scene(rng).caption for _ in range(args.prompts)]
     generate(pipe, prompts[0], 0, 2)
-    results: dict[Any, dict[str, list[Any]]] = {d: {"seconds": [], "scores": [], "psnr": [], "ssim": [], "reports": []}
-                                                for d in ("dense", *DENSITIES)}
+    results: dict[Any, dict[str, list[Any]]] = {
+        d: {"seconds": [], "scores": [], "psnr": [], "ssim": [], "reports": []} for d in ("dense", *DENSITIES)
+    }
     for seed, prompt in enumerate(prompts):
         reference, seconds = generate(pipe, prompt, seed, args.steps)
         results["dense"]["seconds"].append(seconds)
@@ -94,9 +95,7 @@ def main() -> None:
             "shape": "1088 video + 20 text tokens, 4 heads x 32, 6 layers, batch 2 (CFG)",
             "seconds_a_clip": round(statistics.median(entry["seconds"]), 3),
             "seconds_over_dense": round(statistics.median(entry["seconds"]) / dense_seconds, 3),
-            "right": {
-                name: round(statistics.mean(s[name] for s in entry["scores"]), 3) for name in entry["scores"][0]
-            },
+            "right": {name: round(statistics.mean(s[name] for s in entry["scores"]), 3) for name in entry["scores"][0]},
         }
         if entry["psnr"]:
             row |= {

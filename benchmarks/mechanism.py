@@ -1,6 +1,6 @@
 """What the mechanism costs: import, apply and remove, and an identity recipe per attention call.
 
-    python benchmarks/mechanism.py
+python benchmarks/mechanism.py
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = identity()
     import patchkit.registry
+
     patchkit.registry._loaded = True
     rows += [apply_cost(recipe), overhead(recipe)]
     from rows import write

@@ -31,6 +31,7 @@ Block = Annotated[int, Field(ge=1, le=1024)]
 
 SECOND_SEARCH = 0.6  # of the run: step 30 of the paper's 50
 FEW_STEPS = 10
+WORTH_IT = 4096  # tokens from which a sparse output has to be the faster one
 MASS_BYTES = 64 << 20  # of block masses at a time
 
 
@@ -163,6 +164,8 @@ class AdaSpa(Recipe):
         if step in schedule.searches and step > state["searched"] and "lse" in state:
             self._search(call, geometry, schedule, refresh=self.refresh_lse)
             call.ledger.count("cached_search")
+        if state["instead"]:
+            return _dense(call, next, state["instead"])
         call.ledger.count("sparse")
         with call.ledger.time("sparse", call.q.device):
             return compute.sparse(call, geometry, state["layout"])
@@ -246,6 +249,10 @@ class AdaSpa(Recipe):
         )
         path = kernels.choose_path(layout, call.q.shape[-1], call.q.dtype, call.q.device)
         ledger.note(path=f"{path.name}: {path.reason}")  # which may be a dense one
+        # Who lowers min_tokens asks for sparse outputs of short sequences, whatever they cost. Otherwise a kernel that
+        # would lose to dense attention is not worth its error.
+        loses = path.name != "dense" and not path.pays and call.q.shape[2] >= WORTH_IT
+        state["instead"] = f"dense is faster: {path.reason}" if loses else ""
         if self.heads is not None:
             ledger.note(dense_heads=call.q.shape[1] - choice.k.shape[1])
 

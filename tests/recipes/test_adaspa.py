@@ -750,3 +750,20 @@ def test_predicted_cost():
     assert AdaSpa(warmup_steps=1.0).attention_cost(100_000, 50) == 1.0
     assert AdaSpa(steps=(0.0, 0.2)).attention_cost(100_000, 50) == 1.0
     assert AdaSpa().attention_cost(1000, 50) == 1.0
+
+
+def test_where_the_kernel_would_lose_to_dense_it_runs_dense_and_says_so():
+    q, k, v = qkv(tokens=4096, heads=1)
+    op = Op(small(density=0.9, block_size=64))
+    op(q, k, v, 0)
+    out = op(q, k, v, 1)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+    (reason,) = (r for r in op.ledger().dense if r.startswith("dense is faster"))
+    assert "too dense to gain" in reason
+    assert op.ledger().counts["sparse"] == 0
+
+    short = Op(small(density=0.9))  # asked for by a lowered min_tokens
+    q, k, v = qkv(tokens=160)
+    short(q, k, v, 0)
+    assert not torch.equal(short(q, k, v, 1), F.scaled_dot_product_attention(q, k, v))
+    assert short.ledger().counts["sparse"] == 1
