@@ -38,7 +38,7 @@ _ENTRIES = {
         call={
             "prompt": "a red circle moving right on a blue background",
             "num_inference_steps": 20,
-            "guidance_scale": 3.0,
+            "guidance_scale": 1.5,
         },
     ),
 }
