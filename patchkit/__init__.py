@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     )
     from patchkit.patch import Patch
     from patchkit.planning import Plan
-    from patchkit.recipe_base import Recipe, recipe
+    from patchkit.recipe_base import Recipe
+    from patchkit.registry import recipe
     from patchkit.report import Report
 
 __version__ = "0.1.0"
@@ -55,7 +56,7 @@ _HOMES = {
     "Patch": "patchkit.patch",
     "Plan": "patchkit.planning",
     "Recipe": "patchkit.recipe_base",
-    "recipe": "patchkit.recipe_base",
+    "recipe": "patchkit.registry",
     "Report": "patchkit.report",
 }
 

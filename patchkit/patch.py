@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from patchkit.bound import Bound
 from patchkit.errors import PatchkitError
 from patchkit.installation import Installation
+from patchkit.matching import Selection
 from patchkit.report import Report, make_report, no_report
 
 if TYPE_CHECKING:
-    from patchkit.planning import Selection
     from patchkit.recipe_base import Recipe
 
 logger = logging.getLogger(__name__)

@@ -184,16 +184,3 @@ def _checked(cls: type[Recipe], name: str, adapter: Any, value: Any) -> Any:
 
 def _readable(hint: str) -> str:
     return hint.replace("typing.", "").replace("<class '", "").replace("'>", "").replace("NoneType", "None")
-
-
-def recipe(name: str) -> Callable[[type[R]], type[R]]:
-    """Register a recipe class under ``name``: ``@recipe("name")`` above ``@dataclass(frozen=True)``."""
-
-    def register(cls: type[R]) -> type[R]:
-        from patchkit.registry import add
-
-        cls.name = name
-        add(cls)
-        return cls
-
-    return register

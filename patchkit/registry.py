@@ -6,11 +6,12 @@ import importlib
 import logging
 import pkgutil
 import threading
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
 from patchkit.errors import PatchkitError, UnknownRecipe, nearest
-from patchkit.recipe_base import Recipe
+from patchkit.recipe_base import R, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,17 @@ GROUP = "patchkit.recipes"  # entry-point group of third parties; the value name
 _recipes: dict[str, type[Recipe]] = {}
 _loaded = False
 _loading = threading.RLock()  # re-entrant: a recipe module may ask for the registry while it is imported
+
+
+def recipe(name: str) -> Callable[[type[R]], type[R]]:
+    """Register a recipe class under ``name``: ``@recipe("name")`` above ``@dataclass(frozen=True)``."""
+
+    def register(cls: type[R]) -> type[R]:
+        cls.name = name
+        add(cls)
+        return cls
+
+    return register
 
 
 def add(cls: type[Recipe]) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from patchkit import kernels
 from patchkit.context import AttentionCall
 from patchkit.errors import InvalidOption
-from patchkit.recipe_base import Recipe, recipe
+from patchkit.recipe_base import Recipe
 from patchkit.recipes.adaspa import compute
 from patchkit.recipes.adaspa.schedule import Schedule, plan
 from patchkit.recipes.adaspa.selection import Geometry, choose
+from patchkit.registry import recipe
 from patchkit.selection import Indices, StepWindow
 from patchkit.sites import Site
 
