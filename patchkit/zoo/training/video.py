@@ -45,7 +45,7 @@ class Stage:
     frames: int
 
 
-STAGES = (Stage(1150, 32, 1), Stage(1000, 16, 4), Stage(600, 8, world.FRAMES))
+STAGES = (Stage(1150, 32, 1), Stage(1000, 16, 4), Stage(300, 8, world.FRAMES))
 
 
 def build_models(seed: int = 0) -> tuple[Any, Any]:
