@@ -12,6 +12,7 @@ from .layout import BlockLayout, ElementRule
 from .mass import block_mass
 from .merge import merge_states
 from .sparse import Path, block_sparse_attention, choose_path
+from .survey import paths
 
 __all__ = [
     "BlockLayout",
@@ -26,4 +27,5 @@ __all__ = [
     "choose_path",
     "dense_attention",
     "merge_states",
+    "paths",
 ]
