@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -36,9 +38,10 @@ def test_the_recipe_file_is_valid(tmp_path: Path) -> None:
 def test_the_recipe_in_one_file_works() -> None:
     (text,) = (b for b in blocks("python") if "class Sharper" in b)
     definition = text.split("patch = patchkit.apply")[0]
-    scope: dict[str, object] = {"__name__": "readme"}
-    exec(compile(definition, "README.md", "exec"), scope)
+    module = types.ModuleType("readme")
+    sys.modules["readme"] = module  # dataclasses look their module up
     try:
+        exec(compile(definition, "README.md", "exec"), vars(module))
         entry = tiny.PIPELINES["wan21"]
         pipe = entry.build()
         plain = tiny.run(entry, pipe)
@@ -47,6 +50,7 @@ def test_the_recipe_in_one_file_works() -> None:
         assert torch.equal(tiny.run(entry, pipe), plain)
     finally:
         registry._recipes.pop("sharper", None)
+        del sys.modules["readme"]
 
 
 def test_links_lead_somewhere() -> None:
