@@ -67,6 +67,9 @@ def path(name: str) -> Path:
 def load(name: str, torch_dtype: Any = None, device: Any = None) -> Any:
     """Load a trained tiny pipeline, offline.
 
+    It can be called with a prompt alone. ``pipe(**zoo.defaults(name))`` adds the steps and the guidance with which it
+    was evaluated; the pipeline's own default guidance is too strong for it.
+
     Args:
         name: one of :func:`names`; the prefix ``zoo/`` may stand before it.
         torch_dtype: dtype of the weights; fp32 by default (they are stored in fp16).
