@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine, spinning threads stop each other
 
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
 
