@@ -19,7 +19,14 @@ def test_ctrl_c_in_the_middle_of_a_run(recipe_file, here):
     command = [sys.executable, "-c", MAIN, "run", "r.yaml", "--no-compare", "--num-inference-steps", "100"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     with subprocess.Popen(
-        command, cwd=here, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=here,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a suite started in the background inherits "ignore Ctrl-C", and so would this child
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             for line in process.stderr:
