@@ -9,10 +9,11 @@ import torch
 from ..layout import BlockLayout
 
 # Measured on a CPU with AVX2 against torch's flash kernel (benchmarks/block_sparse_cpu.py): a kept block costs about
-# 1 / 0.75 of a block of a dense call, and below about 512 tokens the cost of each call outweighs the skipped blocks.
+# 1 / 0.75 of a block of a dense call. From 2,048 tokens every measured setting gains; at 1,108 tokens with D = 32
+# (benchmarks/adaspa_video.py) a call at density 0.25 or more took longer than the dense one.
 # A dense call under an expanded mask is no alternative: it took 1.6 to 2.9 times as long as without a mask.
 PAYS_BELOW_DENSITY = 0.75
-PAYS_FROM_PAIRS = 640 * 640
+PAYS_FROM_PAIRS = 2048 * 2048
 
 
 class Path(NamedTuple):
