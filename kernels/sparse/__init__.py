@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import layout_error, refuse_gradient, type_error, value_error
 from ..layout import BlockLayout
+from ..layout.recall import recall
 from .blocked import block_sparse_blocked
 from .complete import complete_attention
 from .plan import Path, choose_path, keeps_everything
@@ -37,7 +38,7 @@ def _block_sparse(
     scale: float,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    layout = BlockLayout(
+    made = BlockLayout(
         block_q,
         block_k,
         q.shape[2],
@@ -52,6 +53,7 @@ def _block_sparse(
         kv_seg,
         kv_lens,
     )
+    layout = recall(made)
     # Precision is this operator's business: under the caller's autocast its fp32 matmuls would become bf16.
     with torch.autocast(q.device.type, enabled=False):
         if keeps_everything(layout):
