@@ -13,9 +13,9 @@ from patchkit.cli import overrides
 from patchkit.cli.console import Debug, Json, Output, Quiet, heavy
 
 if TYPE_CHECKING:
-    from patchkit.files import RecipeFile
-    from patchkit.running import RunResult
-    from patchkit.yamlread import Document
+    from patchkit.recipe_files.files import RecipeFile
+    from patchkit.recipe_files.yamlread import Document
+    from patchkit.runs.running import RunResult
 
 Source = Annotated[str, typer.Argument(metavar="FILE|NAME", help="A recipe file, or the name of a recipe.")]
 Compare = Annotated[bool | None, typer.Option("--compare/--no-compare", help="Also run unpatched and measure both.")]
@@ -39,7 +39,7 @@ def run(
     """
     with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
         heavy(out)
-        from patchkit import running
+        from patchkit.runs import running
 
         wanted = flags | ({} if compare is None else {"compare": compare})
         file = _read(source, lambda document: overrides.apply(document, wanted))
@@ -62,7 +62,7 @@ def compare(
     """
     with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
         heavy(out)
-        from patchkit import running
+        from patchkit.runs import running
 
         labels = (_label(first), _label(second))
         wanted = {"output": f"out/{labels[0]}-vs-{labels[1]}/", **flags}
@@ -87,7 +87,7 @@ def plan(
     """Show what a recipe file would do to its model: sites, order, conflicts, predicted cost. Computes nothing."""
     with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
         heavy(out)
-        from patchkit import running
+        from patchkit.runs import running
 
         file = _read(source, lambda document: overrides.apply(document, flags))
         found = running.plan(file, say=out.say, bars=out.bars)
@@ -96,7 +96,7 @@ def plan(
 
 
 def _read(name: str, change: Callable[[Document], Any]) -> RecipeFile:
-    from patchkit import files
+    from patchkit.recipe_files import files
 
     document = files.locate(name)
     change(document)

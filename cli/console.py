@@ -71,7 +71,7 @@ class Output:
     def data(self, data: Any) -> None:
         """A result as JSON; only in JSON mode."""
         if self.json:
-            from patchkit.writing import to_json
+            from patchkit.runs.writing import to_json
 
             self._stdout().write(to_json(data))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchkit.yamlread import Document
+    from patchkit.recipe_files.yamlread import Document
 
 MODEL_FLAGS = ("dtype", "device", "offload", "revision", "variant")
 
@@ -56,7 +56,7 @@ def _model(document: Document, given: dict[str, Any]) -> None:
 
 
 def _inputs(document: Document, given: dict[str, Any]) -> None:
-    from patchkit.filefields import INPUTS
+    from patchkit.recipe_files.fields import INPUTS
 
     if document.data.get("inputs") is not None and not _mapping(document.data["inputs"]):
         return
@@ -84,7 +84,7 @@ def _pipeline_kwargs(given: dict[str, Any]) -> dict[str, Any]:
 
 def _set(document: Document, text: str, strict: bool) -> str | None:
     from patchkit.errors import InvalidOption, nearest
-    from patchkit.yamlread import read_value
+    from patchkit.recipe_files.yamlread import read_value
 
     target, equals, value = text.partition("=")
     name, dot, option = target.strip().partition(".")

@@ -20,7 +20,8 @@ def list_recipes(
     """List the recipes that are installed."""
     with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
         heavy(out)
-        from patchkit import files, registry
+        from patchkit import registry
+        from patchkit.recipe_files import files
 
         shipped = files.examples()
         rows = [registry.describe(cls) | {"examples": _examples(name, shipped)} for name, cls in _known()]
@@ -58,7 +59,8 @@ def info(
     """Show what a recipe does, its options with their defaults, and its example."""
     with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
         heavy(out)
-        from patchkit import files, registry
+        from patchkit import registry
+        from patchkit.recipe_files import files
 
         cls = registry.get(recipe)
         shipped = files.examples()
@@ -145,7 +147,7 @@ def schema() -> None:
     """Print the JSON schema of recipe files, for editors and other tools."""
     with Output(json=True).guarded() as out:
         heavy(out)
-        from patchkit.schema import schema as build
+        from patchkit.recipe_files.schema import schema as build
 
         out.data(build())
 
@@ -154,7 +156,7 @@ def doctor(json_: Json = False, quiet: Quiet = False, debug: Debug = False) -> N
     """Show versions, devices, and which path each kernel takes here. Writes nothing."""
     with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
         heavy(out)
-        from patchkit.diagnosis import diagnose
+        from patchkit.runs.diagnosis import diagnose
 
         found = diagnose()
         out.table("versions", ("package", "version"), [(n, v or "not installed") for n, v in found["versions"].items()])

@@ -105,7 +105,7 @@ def resolve(spec: Spec, options: dict[str, Any]) -> list[Recipe]:
         _no_options(options, "the Recipe itself carries its options")
         return [spec]
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
-        from patchkit.files import load_recipes
+        from patchkit.recipe_files.files import load_recipes
 
         _no_options(options, "the file says the options")
         return load_recipes(Path(spec))

@@ -102,7 +102,7 @@ class Patch:
 
     def save(self, path: str | Path) -> Path:
         """Write the recipes and their options as a recipe file that ``apply`` and ``patchkit run`` read."""
-        from patchkit.files import save_recipes
+        from patchkit.recipe_files.files import save_recipes
 
         return save_recipes(self.recipes, Path(path))
 

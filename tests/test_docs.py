@@ -12,7 +12,8 @@ import tiny
 import torch
 
 import patchkit
-from patchkit import files, registry
+from patchkit import registry
+from patchkit.recipe_files import files
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

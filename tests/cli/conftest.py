@@ -7,8 +7,8 @@ import testing_recipes  # noqa: F401  registers its recipes
 import tiny
 from typer.testing import CliRunner
 
-from patchkit import loading
 from patchkit.cli.main import app
+from patchkit.runs import loading
 
 RECIPE_FILE = """\
 version: 1

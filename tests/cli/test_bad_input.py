@@ -7,7 +7,7 @@ import os
 import pytest
 import test_files
 
-from patchkit import loading
+from patchkit.runs import loading
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 
 import patchkit
 from patchkit.cli import show
-from patchkit.schema import schema
+from patchkit.recipe_files.schema import schema
 
 COMMANDS = ["run", "compare", "plan", "list", "info", "doctor", "schema", "new-recipe"]
 

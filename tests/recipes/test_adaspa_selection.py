@@ -274,7 +274,7 @@ def test_without_a_length_only_step_numbers_mean_something():
 
 
 def test_example_asks_for_this_recipe():
-    from patchkit import files
+    from patchkit.recipe_files import files
     from patchkit.recipes.adaspa import AdaSpa
 
     example = files.parse(files.locate("adaspa"))

@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import testing_recipes
 
-from patchkit import errors, files, yamlread
-from patchkit.filefields import ModelSpec
-from patchkit.schema import schema
+from patchkit import errors
+from patchkit.recipe_files import files, yamlread
+from patchkit.recipe_files.fields import ModelSpec
+from patchkit.recipe_files.schema import schema
 
 GOOD = """\
 version: 1

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchkit import media
-from patchkit.calls import Produced
-from patchkit.filefields import VIDEO_SUFFIXES
-from patchkit.outputs import METRICS, Names, staging
+from patchkit.recipe_files.fields import VIDEO_SUFFIXES
+from patchkit.runs.calls import Produced
+from patchkit.runs.outputs import METRICS, Names, staging
 
 if TYPE_CHECKING:
-    from patchkit.running import Job
+    from patchkit.runs.running import Job
 
 FPS = 8  # diffusers' own default
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from patchkit import registry
-from patchkit.filefields import DTYPES, INPUTS, OFFLOADS
-from patchkit.files import VERSION
+from patchkit.recipe_files.fields import DTYPES, INPUTS, OFFLOADS
+from patchkit.recipe_files.files import VERSION
 
 
 def schema() -> dict[str, Any]:

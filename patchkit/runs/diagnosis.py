@@ -6,7 +6,8 @@ import importlib
 import platform
 from typing import Any
 
-from patchkit import loading, measure, zoo
+from patchkit import zoo
+from patchkit.runs import loading, measure
 
 OPTIONAL = ("peft", "imageio", "imageio-ffmpeg", "scikit-image", "matplotlib")
 

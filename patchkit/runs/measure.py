@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from patchkit.calls import Produced
 from patchkit.errors import InvalidOption
-from patchkit.loading import Loaded
+from patchkit.runs.calls import Produced
+from patchkit.runs.loading import Loaded
 
 PACKAGES = ("patchkit", "torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
 

@@ -19,11 +19,12 @@ from typing import Any
 
 import yaml
 
-from patchkit import filefields, registry
+from patchkit import registry
 from patchkit.errors import InvalidOption, RecipeFileError, nearest
-from patchkit.filefields import ModelSpec, Output
 from patchkit.recipe_base import Recipe
-from patchkit.yamlread import Document, Keys, read_file, read_text, scalar
+from patchkit.recipe_files import fields
+from patchkit.recipe_files.fields import ModelSpec, Output
+from patchkit.recipe_files.yamlread import Document, Keys, read_file, read_text, scalar
 
 VERSION = 1
 FIELDS = ("version", "model", "recipes", "inputs", "output", "compare")
@@ -80,9 +81,9 @@ def parse(document: Document) -> RecipeFile:
     data = document.data
     if not isinstance(data, dict):
         raise RecipeFileError(
-            f"a recipe file is a mapping, this is {filefields.kind(data)}", document.where(), "start with `version: 1`"
+            f"a recipe file is a mapping, this is {fields.kind(data)}", document.where(), "start with `version: 1`"
         )
-    filefields.known_keys(document, (), FIELDS)
+    fields.known_keys(document, (), FIELDS)
     if "version" not in data:
         raise RecipeFileError("the version is missing", document.where(("version",)), f"add `version: {VERSION}`")
     if data["version"] != VERSION or isinstance(data["version"], bool | float):
@@ -93,10 +94,10 @@ def parse(document: Document) -> RecipeFile:
         )
     return RecipeFile(
         recipes=_recipes(document),
-        model=filefields.model(document) if data.get("model") is not None else None,
-        inputs=filefields.inputs(document),
-        output=filefields.output(document),
-        compare=filefields.compare(document),
+        model=fields.model(document) if data.get("model") is not None else None,
+        inputs=fields.inputs(document),
+        output=fields.output(document),
+        compare=fields.compare(document),
         source=document.source,
         document=document,
     )
@@ -106,7 +107,7 @@ def _recipes(document: Document) -> tuple[Recipe, ...]:
     data = document.data
     entries = data.get("recipes")
     if not isinstance(entries, list) or not entries:
-        what = "the list of recipes is missing" if entries is None else f"recipes is {filefields.kind(entries)}"
+        what = "the list of recipes is missing" if entries is None else f"recipes is {fields.kind(entries)}"
         what = "the list of recipes is empty" if entries == [] else what
         raise RecipeFileError(
             what, document.where(("recipes",)), "write a list: `recipes: [adaspa]`; see `patchkit list`"
@@ -130,7 +131,7 @@ def _entry(document: Document, path: Keys, entry: Any) -> tuple[str, dict[str, A
     if isinstance(entry, str):
         return entry, {}
     if not isinstance(entry, dict) or len(entry) != 1:
-        what = f"a mapping of {len(entry)} recipes" if isinstance(entry, dict) else filefields.kind(entry)
+        what = f"a mapping of {len(entry)} recipes" if isinstance(entry, dict) else fields.kind(entry)
         raise RecipeFileError(
             f"an entry is a recipe's name or `name: {{options}}`, this is {what}",
             document.where(path),
@@ -139,7 +140,7 @@ def _entry(document: Document, path: Keys, entry: Any) -> tuple[str, dict[str, A
     ((name, options),) = entry.items()
     if options is not None and not isinstance(options, dict):
         raise RecipeFileError(
-            f"the options of {name!r} are {filefields.kind(options)}",
+            f"the options of {name!r} are {fields.kind(options)}",
             document.where((*path, name)),
             f"write a mapping: `{name}: {{option: value}}`",
         )
@@ -151,10 +152,12 @@ def _build(document: Document, path: Keys, name: str, options: dict[str, Any]) -
     if name not in known:
         raise RecipeFileError(f"there is no recipe {name!r}", document.where(path), nearest(name, known))
     for option in options:
-        fields = [f.name for f in dataclasses.fields(known[name])]
-        if option not in fields:
+        existing = [f.name for f in dataclasses.fields(known[name])]
+        if option not in existing:
             raise RecipeFileError(
-                f"recipe {name!r} has no option {option!r}", document.where((*path, option)), nearest(option, fields)
+                f"recipe {name!r} has no option {option!r}",
+                document.where((*path, option)),
+                nearest(option, existing),
             )
     try:
         return known[name].build(options)
@@ -192,8 +195,8 @@ def dump(
     """A recipe file as text; :func:`parse` of it gives the same recipes. ``comment`` becomes its first lines."""
     data: dict[str, Any] = {"version": VERSION}
     if model is not None:
-        fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
-        extra = {n: v for n, v in fields.items() if n != "id" and v is not None and (n, v) != ("offload", "none")}
+        given = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+        extra = {n: v for n, v in given.items() if n != "id" and v is not None and (n, v) != ("offload", "none")}
         data["model"] = {"id": model.id, **extra} if extra else model.id
     entries = [(r.name, _plain(r.options())) for r in recipes]
     data["recipes"] = [{name: options} if options else name for name, options in entries]
@@ -212,13 +215,13 @@ def load_recipes(path: str | Path) -> list[Recipe]:
     return list(load(path).recipes)
 
 
-def save_recipes(recipes: Sequence[Recipe], path: str | Path, **fields: Any) -> Path:
+def save_recipes(recipes: Sequence[Recipe], path: str | Path, **more: Any) -> Path:
     """Write :func:`dump`'s text to ``path``, whole or not at all."""
     path = Path(path).expanduser()
     comment = (
         "Written by patchkit. Apply it with patchkit.apply(pipe, path), or add `model:`, `inputs:` and `output:`\n"
     )
-    text = dump(recipes, **{"comment": comment + "and run it with `patchkit run`.", **fields})
+    text = dump(recipes, **{"comment": comment + "and run it with `patchkit run`.", **more})
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from patchkit.errors import InvalidOption, PatchkitError, UnsupportedModel, nearest
-from patchkit.filefields import ModelSpec
+from patchkit.recipe_files.fields import ModelSpec
 
 logger = logging.getLogger(__name__)
 

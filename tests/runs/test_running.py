@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 
 import patchkit
-from patchkit import calls, errors, files, loading, measure, outputs, running, writing, yamlread
-from patchkit.filefields import ModelSpec, Output
-from patchkit.loading import Loaded
-from patchkit.outputs import Names
+from patchkit import errors
+from patchkit.recipe_files import files, yamlread
+from patchkit.recipe_files.fields import ModelSpec, Output
+from patchkit.runs import calls, loading, measure, outputs, running, writing
+from patchkit.runs.loading import Loaded
+from patchkit.runs.outputs import Names
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from patchkit import calls, loading, measure, outputs
-from patchkit.calls import Produced
 from patchkit.errors import Conflict, InvalidOption
-from patchkit.files import RecipeFile
-from patchkit.loading import Loaded
 from patchkit.recipe_base import Recipe
-from patchkit.writing import write
+from patchkit.recipe_files.files import RecipeFile
+from patchkit.runs import calls, loading, measure, outputs
+from patchkit.runs.calls import Produced
+from patchkit.runs.loading import Loaded
+from patchkit.runs.writing import write
 
 logger = logging.getLogger(__name__)
 

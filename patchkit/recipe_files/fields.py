@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patchkit.errors import RecipeFileError, nearest
-from patchkit.yamlread import Document, Keys
+from patchkit.recipe_files.yamlread import Document, Keys
 
 MODEL_FIELDS = ("id", "dtype", "device", "offload", "revision", "variant")
 DTYPES = ("auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")  # as diffusers-cli

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from patchkit.errors import InvalidOption, MissingDependency
-from patchkit.filefields import TEXT_SUFFIXES, VIDEO_SUFFIXES, Output
+from patchkit.recipe_files.fields import TEXT_SUFFIXES, VIDEO_SUFFIXES, Output
 
 METRICS = "metrics.json"
 # kind of result -> the suffixes it can be written with; the first is taken in a folder

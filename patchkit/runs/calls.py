@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from patchkit.errors import InvalidOption, PatchkitError
-from patchkit.loading import Loaded
+from patchkit.runs.loading import Loaded
 
 OWN_INPUTS = ("seed", "fps")  # ours; handed on only where the pipeline has an argument of that name
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
