@@ -23,6 +23,7 @@ class Ledger:
     counts: Counter[str] = field(default_factory=Counter)
     dense: Counter[str] = field(default_factory=Counter)  # reason -> how often the op ran dense because of it
     values: dict[str, Any] = field(default_factory=dict)
+    cautions: dict[str, str] = field(default_factory=dict)  # what the user did not ask for or cannot want -> why
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _events: list[tuple[str, Any, Any]] = field(default_factory=list)
 
@@ -37,6 +38,13 @@ class Ledger:
     def note(self, **values: Any) -> None:
         """Keep the newest value of something (a number, a list, a tensor per head)."""
         self.values.update(values)
+
+    def caution(self, what: str, why: str) -> None:
+        """Have the report begin with a line "WHAT at N of M sites: WHY". An empty ``why`` takes it back."""
+        if why:
+            self.cautions[what] = why
+        else:
+            self.cautions.pop(what, None)
 
     @contextlib.contextmanager
     def time(self, what: str, device: torch.device) -> Iterator[None]:
@@ -71,6 +79,7 @@ class Ledger:
             "calls": self.calls,
             "counts": dict(self.counts),
             "dense": dict(self.dense),
+            "cautions": dict(self.cautions),
             "values": {name: _plain(value) for name, value in self.values.items()},
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
         }

@@ -38,8 +38,13 @@ class Report:
                 lines += [recipe["recipe"], table(("layer", "component", "branch", "head", *names), rows)]
         return "\n".join(lines) or "nothing was noted per head"
 
+    def cautions(self) -> list[str]:
+        """What a reader must not miss, a sentence each."""
+        return [f"{recipe['recipe']}: {text}" for recipe in self.data["recipes"] for text in recipe["cautions"]]
+
     def __str__(self) -> str:
         lines = [f"patch on {self.data['target']}" + ("" if self.data["enabled"] else " (disabled)")]
+        lines += [f"NOTE: {text}" for text in self.cautions()]
         for recipe in self.data["recipes"]:
             lines += ["", *_recipe_lines(recipe)]
         lines += [f"attached by others: {what}" for what in self.data["foreign"]]
@@ -92,6 +97,7 @@ def _recipe(bound: Bound, left: dict[str, int]) -> dict[str, Any]:
         "dense": dict(dense),
         "seconds": {name: round(value, 6) for name, value in seconds.items()},
         "means": _means(rows),
+        "cautions": _cautions(rows, len(bound.sites)),
         "rows": rows,
     }
 
@@ -104,6 +110,18 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
             if numbers:
                 gathered.setdefault(name, []).append(sum(numbers) / len(numbers))
     return {name: sum(v) / len(v) for name, v in gathered.items()}
+
+
+def _cautions(rows: list[dict[str, Any]], sites: int) -> list[str]:
+    """One sentence for each thing cautioned of, with the number of sites and the reason that most of them gave."""
+    places: dict[str, dict[tuple[str, str], str]] = {}
+    for row in rows:
+        for what, why in row["cautions"].items():
+            places.setdefault(what, {})[row["component"], row["site"]] = why
+    return [
+        f"{what} at {len(found)} of {sites} sites: {Counter(found.values()).most_common(1)[0][0]}"
+        for what, found in places.items()
+    ]
 
 
 def _flat(value: Any) -> list[float]:

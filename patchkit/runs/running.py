@@ -39,7 +39,8 @@ class RunResult:
         files: label -> file; of several results the first.
         metrics: what ``metrics.json`` says (it is written in comparisons only).
         report: the patch's own account in words, by variant.
-        notes: what the reader should know: files that were replaced, figures that are missing.
+        notes: what the reader should know: files that were replaced, figures that are missing,
+            cautions from the reports.
     """
 
     files: dict[str, Path]
@@ -158,6 +159,7 @@ def run(job: Job, *, say: Say = logger.info, bars: bool = True) -> RunResult:
             if patch is not None:
                 report = patch.report()
                 reports[variant.label], texts[variant.label] = report.to_dict(), str(report)
+                notes += [f"{variant.label}, {caution}" for caution in report.cautions()]
     metrics = _metrics(job, loaded, inputs, produced, reports)
     if warm is not None:
         metrics["warm_up"] = warm

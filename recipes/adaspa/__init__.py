@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,14 +14,12 @@ from patchkit import kernels
 from patchkit.context import AttentionCall
 from patchkit.errors import InvalidOption
 from patchkit.recipe_base import Recipe
-from patchkit.recipes.adaspa import compute
+from patchkit.recipes.adaspa import compute, conditions
 from patchkit.recipes.adaspa.schedule import Schedule, plan
 from patchkit.recipes.adaspa.selection import Geometry, choose
 from patchkit.registry import recipe
 from patchkit.selection import Indices, StepWindow
 from patchkit.sites import Site
-
-logger = logging.getLogger(__name__)
 
 Next = Callable[[AttentionCall], Tensor]
 Step = Annotated[int, Field(ge=0)]
@@ -31,7 +27,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Block = Annotated[int, Field(ge=1, le=1024)]
 
 SECOND_SEARCH = 0.6  # of the run: step 30 of the paper's 50
-FEW_STEPS = 10
 WORTH_IT = 4096  # tokens from which a sparse output has to be the faster one
 MASS_BYTES = 64 << 20  # of block masses at a time
 
@@ -62,7 +57,8 @@ class AdaSpa(Recipe):
         head_adaptive: budgets d/2, d and 3d/2 by recall; their mean stays d. Off: all heads keep d.
         selection: ``"rows"``: every row keeps equally many blocks; ``"global"``: the heaviest of the whole head (an
             ablation: rows may be left with next to nothing).
-        min_tokens: shorter sequences run dense (*ours*: nothing is gained there).
+        min_tokens: shorter sequences run dense (*ours*: nothing is gained there). Below 4,096 a sparse output may be
+            slower than a dense one; the report then says so.
         refresh_lse: correct the cached LSE at each further search, from the row sums which that search sees anyway
             (*ours*; of use only with three or more searches).
     """
@@ -139,7 +135,7 @@ class AdaSpa(Recipe):
     def attend(self, call: AttentionCall, next: Next) -> Tensor:
         """Dense, dense with a search behind it, a search and sparse, or sparse: as the schedule says."""
         schedule = self.schedule(call.total)
-        obstacle = self._obstacle(call, schedule)
+        obstacle = conditions.obstacle(call, schedule, self.min_tokens)
         if obstacle is not None:
             return _dense(call, next, obstacle)
         assert schedule is not None
@@ -148,14 +144,14 @@ class AdaSpa(Recipe):
         if step < state.get("step", 0):
             state.clear()  # a new run: the mechanism clears as well, but a stale mask would go unseen
         if not state:
-            _announce(call, schedule)
+            conditions.announce(call, schedule)
         state["step"] = step
         if step < schedule.first:
             return _dense(call, next, "warm-up")
-        geometry = _geometry(call, self.blocks)
+        geometry = conditions.geometry_of(call, self.blocks)
         if isinstance(geometry, str):
             return _dense(call, next, geometry)
-        reason = _why_search(call, geometry, schedule)
+        reason = conditions.why_search(call, geometry, schedule)
         if reason is not None:
             if not self._sparse_follows(schedule, step):
                 return _dense(call, next, reason)  # nobody would use the mask
@@ -170,28 +166,6 @@ class AdaSpa(Recipe):
         call.ledger.count("sparse")
         with call.ledger.time("sparse", call.q.device):
             return compute.sparse(call, geometry, state["layout"])
-
-    def _obstacle(self, call: AttentionCall, schedule: Schedule | None) -> str | None:
-        """Why this op cannot be AdaSpa's at any step, as far as this can be said without waiting for the device."""
-        tokens = call.q.shape[2]
-        if call.step is None:
-            reason = "no step clock: nobody tells which denoising step this is (patch the pipeline, not the model)"
-        elif schedule is None:
-            reason = "length of the run unknown: give warmup_steps and search_steps as step numbers"
-        elif tokens != call.k.shape[2]:
-            return "queries and keys differ in number"
-        elif tokens < self.min_tokens:
-            return f"below min_tokens: {tokens} < {self.min_tokens}"
-        elif call.causal:
-            return "causal attention"
-        elif call.site.kind == "joint" and call.text is None:
-            return "joint attention, but where the text stands is unknown"
-        elif torch.is_grad_enabled() and any(t.requires_grad for t in (call.q, call.k, call.v)):
-            return "gradients are asked for: the search is not differentiable"
-        else:
-            return None
-        _warn_once(f"adaspa runs dense: {reason}")
-        return reason
 
     def _sparse_follows(self, schedule: Schedule, step: int) -> bool:
         """Whether this recipe will be asked for a sparse output after ``step``."""
@@ -213,7 +187,7 @@ class AdaSpa(Recipe):
         heads = compute.pick_heads(Indices.parse(self.heads, "heads").resolve(call.q.shape[1]), call)
         with call.ledger.time("dense", call.q.device):
             out, lse = compute.dense_with_lse(call, next, geometry)
-        call.state.update(heads=heads, key=_key(call, geometry), lse=lse[:, heads].clone())
+        call.state.update(heads=heads, key=conditions.sequence(call, geometry), lse=lse[:, heads].clone())
         self._search(call, geometry, schedule)
         call.ledger.ran_dense(reason)
         call.ledger.count("fused_search")
@@ -241,19 +215,14 @@ class AdaSpa(Recipe):
             del state["lse"]
         ledger.count("searches")
         ledger.note(
-            density=_all_heads(choice.density, call, heads),
+            density=compute.all_heads(choice.density, call, heads),
             actual_density=compute.actual_density(layout),
-            recall=_all_heads(choice.recall, call, heads),
+            recall=compute.all_heads(choice.recall, call, heads),
             k=choice.k,
             layout_bytes=layout.nbytes(),
             lse_bytes=state["lse"].nbytes if "lse" in state else 0,
         )
-        path = kernels.choose_path(layout, call.q.shape[-1], call.q.dtype, call.q.device)
-        ledger.note(path=f"{path.name}: {path.reason}")  # which may be a dense one
-        # Who lowers min_tokens asks for sparse outputs of short sequences, whatever they cost. Otherwise a kernel that
-        # would lose to dense attention is not worth its error.
-        loses = path.name != "dense" and not path.pays and call.q.shape[2] >= WORTH_IT
-        state["instead"] = f"dense is faster: {path.reason}" if loses else ""
+        state["instead"] = _judge(call, layout)
         if self.heads is not None:
             ledger.note(dense_heads=call.q.shape[1] - choice.k.shape[1])
 
@@ -284,52 +253,17 @@ def _dense(call: AttentionCall, next: Next, reason: str) -> Tensor:
         return next(call)
 
 
-def _geometry(call: AttentionCall, block: tuple[int, int]) -> Geometry | str:
-    """Where text, video and padding are, or why AdaSpa cannot work on this sequence."""
-    valid = call.key_padding()
-    if call.mask is not None and valid is None:
-        return "mask is not key padding"
-    if valid is not None:
-        valid = valid.expand(call.q.shape[0], -1)
-    return Geometry.of(call.q.shape[2], block, call.text, valid)
+def _judge(call: AttentionCall, layout: kernels.BlockLayout) -> str:
+    """Note which path the kernel takes. Returns why the sparse steps had better run dense; empty if they should not.
 
-
-def _why_search(call: AttentionCall, geometry: Geometry, schedule: Schedule) -> str | None:
-    """Why a fused search is due, or None if there is a mask for this very sequence."""
-    if "layout" in call.state:
-        return None if call.state["key"] == _key(call, geometry) else "sequence changed: new search"
-    if call.step != schedule.first:
-        return "no mask yet in the sparse phase: first search"
-    return "warm-up" if schedule.warm_up else "first search"
-
-
-def _key(call: AttentionCall, geometry: Geometry) -> tuple[Any, ...]:
-    """What a layout was made for."""
-    return (call.q.shape, call.k.shape, call.q.device, call.q.dtype, call.text, geometry)
-
-
-def _all_heads(values: Tensor, call: AttentionCall, heads: compute.Heads) -> Tensor:
-    """Values of the selected heads (B, H') among all (B, H); the others keep everything."""
-    out = values.new_ones(call.q.shape[0], call.q.shape[1])
-    out[:, heads] = values
-    return out
-
-
-def _announce(call: AttentionCall, schedule: Schedule) -> None:
-    """Once a run: say what the schedule cannot do."""
-    total, left = schedule.total, schedule.sparse_steps
-    if total is not None and left is not None and (total < FEW_STEPS or left == 0):
-        text = (
-            f"{total} steps leave {left} for sparse attention: warm-up and reuse of the mask need more "
-            "(few-step distilled models gain little here)"
-        )
-        call.ledger.note(warning=text)
-        _warn_once(f"adaspa: {text}")
-    if schedule.ignored:
-        call.ledger.note(ignored_searches=str(list(schedule.ignored)))
-        _warn_once(f"adaspa: search steps {list(schedule.ignored)} are inside the warm-up or past the end: ignored")
-
-
-@functools.lru_cache(maxsize=64)
-def _warn_once(text: str) -> None:
-    logger.warning(text)
+    A kernel that would lose to dense attention is not worth its error. But who lowers ``min_tokens`` asks for sparse
+    outputs of short sequences, whatever they cost: that is granted, and the report says that it costs.
+    """
+    path = kernels.choose_path(layout, call.q.shape[-1], call.q.dtype, call.q.device)
+    call.ledger.note(path=f"{path.name}: {path.reason}")  # which may be a dense one
+    loses = path.name != "dense" and not path.pays
+    granted = loses and call.q.shape[2] < WORTH_IT
+    call.ledger.caution(
+        "slower than dense expected", f"{path.reason}; min_tokens lets it run sparse anyway" if granted else ""
+    )
+    return f"dense is faster: {path.reason}" if loses and not granted else ""

@@ -110,3 +110,10 @@ def sparse(call: AttentionCall, geometry: Geometry, layout: kernels.BlockLayout)
     heads = call.q.shape[1]
     k, v = keys(call.k, geometry, heads), keys(call.v, geometry, heads)
     return kernels.block_sparse_attention(call.q, k, v, layout, scale=call.scale)
+
+
+def all_heads(values: Tensor, call: AttentionCall, heads: Heads) -> Tensor:
+    """Values of the selected heads (B, H') among all (B, H); the others keep everything."""
+    out = values.new_ones(call.q.shape[0], call.q.shape[1])
+    out[:, heads] = values
+    return out

@@ -441,9 +441,9 @@ def test_samplers_that_call_twice_a_step_search_once():
 
 
 def test_few_steps_are_warned_about_once(caplog):
-    from patchkit.recipes.adaspa import _warn_once
+    from patchkit.recipes.adaspa.conditions import warn_once
 
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     for _ in range(3):
         op = Op(AdaSpa(min_tokens=0, block_size=16), total=4)
         for step in range(4):
@@ -761,9 +761,13 @@ def test_where_the_kernel_would_lose_to_dense_it_runs_dense_and_says_so():
     (reason,) = (r for r in op.ledger().dense if r.startswith("dense is faster"))
     assert "too dense to gain" in reason
     assert op.ledger().counts["sparse"] == 0
+    assert not op.ledger().cautions
 
     short = Op(small(density=0.9))  # asked for by a lowered min_tokens
     q, k, v = qkv(tokens=160)
     short(q, k, v, 0)
     assert not torch.equal(short(q, k, v, 1), F.scaled_dot_product_attention(q, k, v))
     assert short.ledger().counts["sparse"] == 1
+    (caution,) = short.ledger().cautions.items()
+    assert caution[0] == "slower than dense expected"
+    assert "too short to gain" in caution[1]

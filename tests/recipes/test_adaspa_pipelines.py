@@ -173,6 +173,17 @@ def test_short_sequences_are_reported_and_exact():
         assert "below min_tokens" in str(patch.report())
 
 
+def test_short_sequences_that_min_tokens_admits_are_called_slow_at_the_head_of_the_report():
+    with patchkit.apply(pipeline("cogvideox"), "adaspa", density=0.25, **SMALL) as patch:
+        run("cogvideox")
+        report = patch.report()
+    sites = report["recipes"][0]["sites"]
+    first, second, *_ = str(report).splitlines()
+    assert first.startswith("patch on")
+    assert second.startswith(f"NOTE: adaspa: slower than dense expected at {sites} of {sites} sites: ")
+    assert "too short to gain over dense" in second
+
+
 @pytest.mark.parametrize("name", ["hunyuan", "qwenimage"])
 @pytest.mark.parametrize("density", [0.25, 1.0])
 def test_padded_prompts_stay_sparse(name, density, monkeypatch):
