@@ -106,3 +106,23 @@ def test_orthogonalise_brings_singular_values_near_one():
         values = torch.linalg.svdvals(orthogonalise(shape))
         assert values.min() > 0.6
         assert values.max() < 1.3
+
+
+def test_one_command_goes_through_all_stages_and_leaves_the_package_alone(tmp_path, monkeypatch):
+    """The real stages, cut to one step each."""
+    from patchkit import zoo
+    from patchkit.zoo.training import __main__ as command
+    from patchkit.zoo.training import evaluate
+
+    shorter = {video: ["--stages", "1x1x1"], video_vae: ["--steps", "1", "--batch", "1"]}
+    shorter[evaluate] = ["--n", "1", "--control", "1", "--steps", "1"]
+    for module, options in shorter.items():
+        full = module.main
+        monkeypatch.setattr(module, "main", lambda argv, full=full, options=options: full([*argv, *options]))
+    monkeypatch.setattr(video_vae, "evaluate", lambda vae, noise: {"noise": noise})  # thirty clips
+    before = {f: f.stat().st_mtime_ns for f in zoo.path("video").rglob("*")}
+    monkeypatch.setattr("sys.argv", ["training", "video", "--out", str(tmp_path / "run"), "--threads", "1"])
+    command.main()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"denoiser", "vae", "model", "evaluation", "loss.png"}
+    assert json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())["trained"]["n"] == 1
+    assert before == {f: f.stat().st_mtime_ns for f in zoo.path("video").rglob("*")}

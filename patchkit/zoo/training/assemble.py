@@ -9,6 +9,7 @@ import argparse
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,13 @@ def save(pipe: Any, out: Path) -> int:
     return sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--denoiser", type=Path, required=True, help="output folder of patchkit.zoo.training.video")
     parser.add_argument("--vae", type=Path, required=True, help="output folder of patchkit.zoo.training.video_vae")
     parser.add_argument("--out", type=Path, default=zoo.path("video"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     size = save(assemble(args.denoiser, args.vae), args.out)
     logger.info("%s: %.2f MB", args.out, size / 1e6)

@@ -12,6 +12,7 @@ import json
 import logging
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def sheet(scenes: list[Scene], clips: Tensor, rows: int = 12) -> Tensor:
     return media.contact_sheet(videos, scale=1)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=zoo.defaults("video")["num_inference_steps"])
     parser.add_argument("--guidance", type=float, default=zoo.defaults("video")["guidance_scale"])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
     call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}

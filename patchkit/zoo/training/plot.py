@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     import matplotlib
 
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("logs", nargs="+", metavar="LABEL=LOG.jsonl")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for item in args.logs:
         label, _, path = item.partition("=")

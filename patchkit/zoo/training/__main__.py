@@ -1,0 +1,44 @@
+"""Train a model of the zoo from nothing: ``python -m patchkit.zoo.training video --out DIR``.
+
+All stages one after another, each with its defaults: denoiser, decoder, assembly, evaluation. A stopped run continues
+at its last checkpoint when the same command is given again. The packaged weights are replaced with ``--install`` only.
+The plot of the loss needs the extra ``viz``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from patchkit import zoo
+from patchkit.zoo.training import assemble, evaluate, plot, video, video_vae
+
+
+def train_video(out: Path, model: Path, threads: int) -> None:
+    """``zoo/video``: about an hour on two cores."""
+    denoiser, vae, common = str(out / "denoiser"), str(out / "vae"), ["--threads", str(threads)]
+    video.main(["--out", denoiser, *common])
+    video_vae.main(["--out", vae, *common])
+    assemble.main(["--denoiser", denoiser, "--vae", vae, "--out", str(model)])
+    evaluate.main(["--model", str(model), "--out", str(out / "evaluation"), *common])
+    plot.main([str(out / "loss.png"), f"denoiser={out / 'denoiser' / 'log.jsonl'}"])
+
+
+MODELS = {"video": train_video}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m patchkit.zoo.training", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and the evaluation")
+    parser.add_argument("--install", action="store_true", help="write the result into the package")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = zoo.path(args.model) if args.install else args.out / "model"
+    MODELS[args.model](args.out, model, args.threads)
+
+
+if __name__ == "__main__":
+    main()
