@@ -27,6 +27,7 @@ A fingerprint keeps what it saw alive, so that no identity can be reused: drop i
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import gc
 import logging
@@ -55,6 +56,7 @@ RUN_STATE: dict[str, str] = {
         _interrupt _num_timesteps _current_timestep _progress_bar_config
         _cross_attention_kwargs _joint_attention_kwargs _attention_kwargs
     """,
+    "AlignDevicesHook": "tied_pointers_to_remove",
     "AutoencoderKLWan": _CONV_CACHE,
     "AutoencoderKLQwenImage": _CONV_CACHE,
     "Qwen2VLModel": "rope_deltas",
@@ -116,12 +118,16 @@ class Same:
         return f"{kind} {name} at {id(self.value):#x}" if isinstance(name, str) else f"{kind} at {id(self.value):#x}"
 
 
-def fingerprint(target: Any) -> Fingerprint:
-    """Take the fingerprint of a pipeline or a model (and of the libraries it comes from)."""
+def fingerprint(target: Any, *, by_value: bool = False) -> Fingerprint:
+    """Take the fingerprint of a pipeline or a model (and of the libraries it comes from).
+
+    ``by_value`` compares tensors by their bits, for models whose weights others replace at every call (sequential
+    offload, layerwise casting): which tensor holds them, and where, tells nothing there.
+    """
     collecting = gc.isenabled()
     gc.disable()  # tens of thousands of small objects would set off a full collection
     try:
-        return _Walk(target).seen
+        return _Walk(target, by_value).seen
     finally:
         if collecting:
             gc.enable()
@@ -148,8 +154,9 @@ def assert_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
 
 
 class _Walk:
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Any, by_value: bool) -> None:
         self.seen: Fingerprint = {}
+        self.by_value = by_value
         self.visited: dict[int, Any] = {}
         self.classes: dict[type, None] = {}
         self.run_state: dict[type, frozenset[str]] = {}
@@ -179,9 +186,10 @@ class _Walk:
     def go_into(self, path: str, value: Any) -> None:
         if isinstance(value, Mapping):
             self.seen[f"{path} keys"] = [key if isinstance(key, _PLAIN) else Same(key) for key in value]
-            for index, (key, item) in enumerate(list(value.items())):
+            for index, key in enumerate(list(value)):
                 label = repr(key) if isinstance(key, _PLAIN) else f"{type(key).__name__} {index}"
-                self.visit(f"{path}[{label}]", item)
+                with contextlib.suppress(KeyError):  # accelerate's views of weights list keys that they do not know
+                    self.visit(f"{path}[{label}]", value[key])
         elif isinstance(value, list):
             self.sequence(path, value)
         elif isinstance(value, (set, frozenset)):
@@ -220,6 +228,10 @@ class _Walk:
         return self.run_state[cls]
 
     def tensor(self, path: str, value: torch.Tensor) -> None:
+        if self.by_value:
+            bits = None if value.is_meta else value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            self.seen[path] = (tuple(value.shape), value.dtype, value.device, value.requires_grad, bits)
+            return
         memory = None if value.is_meta else value.data_ptr()
         version = None if value.is_inference() else value._version
         layout = (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
