@@ -126,7 +126,6 @@ class Tracker:
         if not self.clocked:
             step = self._bare.read(inputs)
             if self._bare.restarted:
-                self._unnamed.clear()
                 self._batched.clear()
                 self._on_reset()
         elif step == 0:

@@ -205,6 +205,69 @@ def test_a_bare_denoiser_finds_its_steps_by_the_timestep() -> None:
     assert [c[-1] for c in counter.counts] == [1, 2, 3, 4, 1, 2]
 
 
+def branches(watch: Watch) -> list[str]:
+    found = [s.branch for s in watch.seen]
+    watch.seen.clear()
+    return list(dict.fromkeys(found))
+
+
+def test_each_run_finds_its_own_guidance_branches() -> None:
+    """What a run learnt of its batch must not name the next run's branches: two samples are as many as two halves."""
+    entry = tiny.PIPELINES["sd15"]
+    pipe, watch = entry.build(), Watch()
+    two = {"prompt": ["a red circle", "two cats"], "negative_prompt": None}
+    with patchkit.apply(pipe, watch):
+        tiny.run(entry, pipe)
+        assert branches(watch) == ["batched"]
+        tiny.run(entry, pipe, variant="no_cfg", **two)
+        assert branches(watch) == ["single"]
+        tiny.run(entry, pipe)
+        assert branches(watch) == ["batched"]
+
+
+def test_a_run_that_broke_off_within_a_step_leaves_no_count_of_calls() -> None:
+    entry = tiny.PIPELINES["sd15"]
+    pipe, watch = entry.build(), Watch()
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    with patchkit.apply(pipe, watch):
+        handle = pipe.unet.register_forward_hook(stop)
+        with pytest.raises(RuntimeError, match="stop"):
+            tiny.run(entry, pipe)
+        handle.remove()
+        watch.seen.clear()
+        tiny.run(entry, pipe)
+        assert branches(watch) == ["batched"]
+
+
+def test_a_schedule_set_by_hand_begins_anew_too() -> None:
+    """A loop of one's own around a patched pipeline's parts: no call of the pipeline marks the begin of a run."""
+    entry = tiny.PIPELINES["sd15"]
+    pipe, watch = entry.build(), Watch()
+    latents, text = torch.randn(2, 4, 4, 6), torch.randn(2, 7, 32)
+    same = latents[:1].repeat(2, 1, 1, 1)
+    with patchkit.apply(pipe, watch), torch.no_grad():
+        for sample, expected in ((same, "batched"), (latents, "single"), (same, "batched")):
+            pipe.scheduler.set_timesteps(2)
+            for t in pipe.scheduler.timesteps[:1]:  # leaves off before the step
+                pipe.unet(sample, t, encoder_hidden_states=text)
+            assert branches(watch) == [expected]
+
+
+def test_a_bare_denoiser_finds_each_runs_guidance_branches() -> None:
+    entry = tiny.PIPELINES["wan21"]
+    model, watch = entry.build().transformer, Watch(layers="0", targets=["attn1"])
+    latents, text = torch.randn(2, 16, 3, 4, 6), torch.randn(2, 16, 32)
+    same = latents[:1].repeat(2, 1, 1, 1, 1)
+    with patchkit.apply(model, watch), torch.no_grad():
+        for sample, expected in ((same, "batched"), (latents, "single"), (same, "batched")):
+            for t in (900, 500):
+                model(sample, torch.tensor([t, t]), text)
+            assert branches(watch) == [expected]
+
+
 def test_nothing_keeps_a_pipeline_alive() -> None:
     entry = tiny.PIPELINES["wan21"]
     pipe = entry.build()
