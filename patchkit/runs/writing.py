@@ -52,10 +52,22 @@ def write(
         record = to_json(metrics | ({"texts": texts} if texts else {}))
         for name in dict.fromkeys(files[label] for label in ("metrics", "record") if label in files):
             stage.path(name).write_text(record, encoding="utf-8")
+        other = _other_run(names.folder / METRICS, files) if "metrics" in files else None
         done = {path.name: path for path in stage.commit()}
         if stage.replaced:
             notes.append(f"replaced what was there before: {', '.join(str(path) for path in stage.replaced)}")
+        if other:
+            notes.append(f"the {METRICS} that was replaced told of {other}; a folder for each comparison keeps both")
     return {label: done[name] for label, name in files.items()}
+
+
+def _other_run(metrics: Path, files: Mapping[str, str]) -> str | None:
+    """What an existing metrics file tells of, if not of the files that are about to be written."""
+    try:
+        told = json.loads(metrics.read_text(encoding="utf-8"))["files"]
+        return None if told == files else str(metrics.parent / told.get("patched", next(iter(told.values()))))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        return None  # there is none, or it is somebody else's
 
 
 def _together(produced: Mapping[str, Produced], names: Names, put: Callable[..., None]) -> None:

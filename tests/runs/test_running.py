@@ -75,6 +75,13 @@ def test_a_picture(picture_folder, here):
     assert json.loads((here / "metrics.json").read_text()) == json.loads(writing.to_json(result.metrics))
 
 
+def test_the_metrics_of_another_run_are_not_replaced_in_silence(picture_folder, here):
+    for name, told in (("a.png", False), ("a.png", False), ("b.png", True), ("b.png", False)):
+        result, _ = run(file_of(picture_folder, f"output: {name}\ncompare: dense"))
+        assert any("told of a.png; a folder for each" in note for note in result.notes) == told
+        assert set(json.loads((here / "metrics.json").read_text())["files"].values()) >= {name, "metrics.json"}
+
+
 def test_several_pictures_are_numbered(picture_folder, here):
     inputs = "prompt: [a cat, a dog], num_inference_steps: 1, height: 32, width: 32"
     run(file_of(picture_folder, "output: a.png", inputs=inputs))
