@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-import test_files
+from recipe_files import test_files
 
 from patchkit.runs import loading
 
