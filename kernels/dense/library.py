@@ -50,6 +50,33 @@ def cpu_flash(
     return out, lse
 
 
+def cpu_flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`cpu_flash`'s output, by torch's own kernel, from the forward's ``out`` and ``lse``."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        # The kernel takes equal head counts only.
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    bias = None if mask is None else additive(mask, q.dtype)
+    # A row without keys is all -inf under the bias; -inf less an LSE of -inf would be NaN.
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    if group > 1:
+        dk, dv = (x.unflatten(1, (-1, group)).sum(2, dtype=torch.float32).to(x.dtype) for x in (dk, dv))
+    return dq, dk, dv
+
+
 def _empty_rows(out: Tensor, lse: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Fused kernels report an LSE of 0 (or leave NaN) for a row without keys; give such rows 0 and -inf."""
     dead = ~(mask if mask.dtype == torch.bool else mask != float("-inf")).any(-1)

@@ -7,11 +7,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..errors import layout_error, refuse_gradient, type_error, value_error
+from ..errors import layout_error, type_error, value_error
 from ..layout import BlockLayout
 from ..layout.recall import recall
 from .blocked import block_sparse_blocked
 from .complete import complete_attention
+from .gradients import register
 from .plan import Path, choose_path, keeps_everything
 
 __all__ = ["Path", "block_sparse_attention", "choose_path"]
@@ -85,6 +86,9 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+register(_block_sparse)
+
+
 @overload
 def block_sparse_attention(
     q: Tensor,
@@ -141,12 +145,13 @@ def block_sparse_attention(
         validate: False skips all checks of shapes and of the layout.
 
     Returns:
-        Output in q's dtype and format [, lse]. A row that keeps nothing is 0, with LSE -inf.
+        Output in q's dtype and format [, lse]. A row that keeps nothing is 0, with LSE -inf. Both have gradients in q,
+        k and v (the layout is a constant): keys that no query keeps and rows that keep nothing get 0. There are no
+        second derivatives: asking for them raises GradientError.
 
     Raises:
         KernelValueError: shapes, devices or strides that do not fit (LayoutError when the layout is at fault).
         KernelTypeError: q, k, v of different or non-floating dtypes.
-        GradientError: when a gradient would be recorded.
     """
     if layout_fmt == "BNHD":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -157,7 +162,6 @@ def block_sparse_attention(
         if not torch.compiler.is_compiling():
             # Reads the lists once per layout; a traced call relies on the constructors having done so.
             layout.validate()
-    refuse_gradient(WHERE, q=q, k=k, v=v)
     out, lse = _block_sparse(
         q,
         k,

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from patchkit.kernels import (
     BlockLayout,
     ElementRule,
-    GradientError,
     KernelTypeError,
     KernelValueError,
     LayoutError,
@@ -270,13 +269,3 @@ def test_bad_input_is_refused(qkv):
         block_sparse_attention(q, k, v, layout, num_splits=0)
     with pytest.raises(KernelValueError, match="meta"):
         block_sparse_attention(q.to("meta"), k, v, layout)
-
-
-def test_gradients_are_refused_not_wrong(qkv):
-    q, k, v = qkv(1, 1, 1, 64, 64, 64)
-    layout = random_layout((1, 1), 64, 64, 64, 64, 1.1)
-    q.requires_grad_()
-    with pytest.raises(GradientError, match=r"no_grad"):
-        block_sparse_attention(q, k, v, layout)
-    with torch.no_grad():
-        block_sparse_attention(q, k, v, layout)
