@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,7 @@ def to_flex(layout: BlockLayout) -> BlockMask:
     """See :meth:`BlockLayout.to_flex`. Blocks cut by the end of the keys become partial with a length test."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    full, part = [], []
+    full, part, whole_blocks, some_blocks = [], [], [], []
     lens = layout.kv_lens
     shortest = layout.kv_len if lens is None else int(lens.min())
     for b in range(layout.batch):
@@ -35,31 +36,58 @@ def to_flex(layout: BlockLayout) -> BlockMask:
             some = torch.zeros_like(whole)
             if layout.part_idx is not None and layout.part_num is not None:
                 some = scatter_lists(layout.part_idx[b, h], layout.part_num[b, h], layout.n_k)
+            whole_blocks.append(whole.clone())
+            some_blocks.append(some.clone())
             cut = shortest // layout.block_k
             if shortest < layout.kv_len:
                 some[:, cut:] |= whole[:, cut:]
                 whole[:, cut:] = False
             full.append(_dense_lists(whole))
             part.append(_dense_lists(some))
+    shape = (layout.batch, layout.heads)
     full_idx, full_num = stack_lists(full, layout.batch, layout.heads)
     part_idx, part_num = stack_lists(part, layout.batch, layout.heads)
-    elements = layout.element_mask() if bool(part_num.any()) else None
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if elements is None:
-            return k < layout.kv_len
-        return elements[b * (elements.shape[0] > 1), h * (elements.shape[1] > 1), q, k]
-
     return BlockMask.from_kv_blocks(
         part_num,
         part_idx,
         full_num,
         full_idx,
         BLOCK_SIZE=(layout.block_q, layout.block_k),
-        mask_mod=mask_mod,
+        mask_mod=_mask_mod(layout, *(torch.stack(x).unflatten(0, shape) for x in (whole_blocks, some_blocks))),
         seq_lengths=(layout.q_len, layout.kv_len),
         compute_q_blocks=False,
     )
+
+
+def _mask_mod(layout: BlockLayout, full: Tensor, part: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The element mask as a function of the position. full, part: (B', H', Nq, Nk) bool, blocks of either kind.
+
+    Compiled, flex asks it in partial blocks only; eager, it knows no blocks and asks it everywhere, so it has to know
+    them itself. Nothing quadratic in tokens is stored, except where the layout has stored bits.
+    """
+    if layout.part_bits is not None:
+        elements = layout.element_mask()
+
+        def stored(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return elements[b * (elements.shape[0] > 1), h * (elements.shape[1] > 1), q, k]
+
+        return stored
+    block_q, block_k, offset, lens = layout.block_q, layout.block_k, layout.causal_offset, layout.kv_lens
+    by_sample, by_head = int(layout.batch > 1), int(layout.heads > 1)
+    q_seg, kv_seg = (None if x is None else x.view(-1, x.shape[-1]) for x in (layout.q_seg, layout.kv_seg))
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        at = b * by_sample, h * by_head, q // block_q, k // block_k
+        some = part[at]
+        if offset is not None:
+            some = some & (k <= q + offset)
+        if q_seg is not None and kv_seg is not None:
+            own = q_seg[b * int(q_seg.shape[0] > 1), q]
+            some = some & (own == kv_seg[b * int(kv_seg.shape[0] > 1), k]) & (own >= 0)
+        seen = full[at] | some
+        return seen if lens is None else seen & (k < lens[b * int(lens.shape[0] > 1)])
+
+    return rule
 
 
 def from_flex(block_mask: BlockMask) -> BlockLayout:

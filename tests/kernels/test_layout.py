@@ -153,7 +153,8 @@ def test_flex_round_trip(case):
     assert torch.equal(BlockLayout.from_flex(flex).element_mask(), layout.element_mask())
 
 
-def test_flex_attention_agrees():
+@pytest.mark.parametrize("rule", [ElementRule(causal_offset=0), None], ids=["causal", "full blocks only"])
+def test_flex_attention_agrees(rule):
     from torch.nn.attention.flex_attention import flex_attention
 
     from patchkit.kernels import block_sparse_attention
@@ -161,9 +162,7 @@ def test_flex_attention_agrees():
     q, k, v = torch.randn(3, 1, 2, 256, 64, generator=torch.Generator().manual_seed(0)).unbind(0)
     keep = torch.rand(1, 2, 2, 2, generator=torch.Generator().manual_seed(0)) < 0.7
     keep[..., 0] = True
-    layout = BlockLayout.from_bool(
-        keep, block_q=128, block_k=128, q_len=256, kv_len=256, rule=ElementRule(causal_offset=0)
-    )
+    layout = BlockLayout.from_bool(keep, block_q=128, block_k=128, q_len=256, kv_len=256, rule=rule)
     ours = block_sparse_attention(q, k, v, layout)
     assert torch.allclose(ours, flex_attention(q, k, v, block_mask=layout.to_flex()), atol=1e-5)
 

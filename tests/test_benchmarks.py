@@ -1,0 +1,107 @@
+"""The benchmark scripts run here, on small shapes, and keep their results to themselves."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a benchmark script as its own process would."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.fixture
+def attention(script, monkeypatch):
+    """Run sparse_attention.main with some arguments."""
+    module = script("sparse_attention")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparse_attention.py", *map(str, arguments)])
+        return module.main()
+
+    run.module = module
+    return run
+
+
+def test_smoke_covers_every_shape_and_writes_nothing(attention, capsys, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    assert attention("--smoke", "--density", 0.3, "--block", 64, "--pattern", "video", "--out", out) == 0
+    text = capsys.readouterr().out
+    for name in ("hunyuanvideo", "wan-14b", "cogvideox-1.5", "flux-2k", "llm-prefill"):
+        assert name in text
+    assert "0 rows written, 0 failed" in text
+    assert not out.exists()
+
+
+def test_without_a_gpu_nothing_is_measured(attention, capsys):
+    assert attention("--device", "cpu") == 2
+    assert "take a GPU" in capsys.readouterr().out
+
+
+def test_rows_that_are_there_are_skipped(attention, script, capsys, tmp_path, monkeypatch):
+    """The GPU's way through the script, with a small shape on the CPU in the place of a GPU."""
+    module, rows = attention.module, script("rows")
+    shape = module.MODELS["wan-14b"].smaller(tokens=200, heads=1)
+    monkeypatch.setattr(module, "MODELS", {"wan-14b": shape})
+    monkeypatch.setattr(module, "conditions", lambda device: {"device": "X", "torch": "1", "clock_mhz": 1000.0})
+    real = module.Bench
+    monkeypatch.setattr(module, "Bench", lambda shape, dtype, device, **o: real(shape, dtype, "cpu", **o))
+    out = tmp_path / "rows.jsonl"
+    common = ("--device", "cuda", "--no-flex", "--seconds", 0, "--dtype", "fp32", "--block", 64, "--pattern", "random")
+    assert attention(*common, "--density", 0.3, "--out", out) == 0
+    (first,) = rows.read(out)
+    assert (first["device"], first["density_asked"], first["kernels"]) == ("X", 0.3, rows.kernels_hash())
+    assert "passed" not in first
+    monkeypatch.setattr(module, "conditions", lambda device: {"device": "X", "torch": "1", "clock_mhz": 1500.0})
+    assert attention(*common, "--density", 0.3, 0.5, "--out", out) == 0
+    assert [r["density_asked"] for r in rows.read(out)] == [0.3, 0.5]
+    monkeypatch.setattr(module, "conditions", lambda device: {"device": "Y", "torch": "1"})
+    assert attention(*common, "--density", 0.5, "--out", out) == 0
+    assert [r["device"] for r in rows.read(out)] == ["X", "X", "Y"]
+    assert attention(*common, "--density", 0.1, "--minutes", 0, "--out", out) == 0
+    assert "1 left for the next run" in capsys.readouterr().out
+    assert len(rows.read(out)) == 3
+
+
+def test_a_wrong_result_is_not_written(attention, capsys, tmp_path, monkeypatch):
+    module = attention.module
+    monkeypatch.setattr(module, "MODELS", {"wan-14b": module.MODELS["wan-14b"].smaller(tokens=200, heads=1)})
+
+    class Wrong(module.Bench):
+        def __init__(self, shape, dtype, device, **options):
+            super().__init__(shape, dtype, "cpu", **options)
+            self.limit = 0.0 if hasattr(self, "dense") else self.limit
+
+    monkeypatch.setattr(module, "Bench", Wrong)
+    monkeypatch.setattr(module, "conditions", lambda device: {"device": "X"})
+    out = tmp_path / "rows.jsonl"
+    arguments = ("--device", "cuda", "--no-flex", "--seconds", 0, "--dtype", "fp32", "--density", 0.3, "--block", 64)
+    assert attention(*arguments, "--pattern", "random", "--out", out) == 1
+    assert "wrong result: row not written" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_it_needs_the_kernels_only():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "for name in ('diffusers', 'transformers', 'pydantic', 'typer'): sys.modules[name] = None\n"
+        "import sparse_attention\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, FOLDER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_conditions_of_this_machine(script):
+    found = script("rows").conditions("cpu")
+    assert {"device", "capability", "threads", "torch", "python"} <= set(found)
+    json.dumps(found)
