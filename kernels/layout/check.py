@@ -86,6 +86,8 @@ def _check_rule(layout: BlockLayout) -> None:
     for name, seg, length in (("q_seg", layout.q_seg, layout.q_len), ("kv_seg", layout.kv_seg, layout.kv_len)):
         if seg is not None and (seg.dim() not in (1, 2) or seg.shape[-1] != length):
             raise layout_error(f"{name} is {tuple(seg.shape)}, not (..., {length})", WHERE, "One id per token.")
+        if seg is not None and (seg.is_floating_point() or seg.dtype == torch.bool):
+            raise layout_error(f"{name} is {seg.dtype}", WHERE, "Segment ids are integers.")
     words = -(-layout.block_k // 64)
     expected = (*layout.part_idx.shape, layout.block_q, words)
     if layout.part_bits is not None and (

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..errors import layout_error, type_error, value_error
 from ..layout import BlockLayout
-from ..layout.recall import recall
+from ..layout.recall import recall, remember
 from .blocked import block_sparse_blocked
 from .complete import complete_attention
 from .gradients import register
-from .plan import Path, choose_path, keeps_everything
+from .plan import Path, choose_path, keeps_everything, triton_obstacle
 
 __all__ = ["Path", "block_sparse_attention", "choose_path"]
 
@@ -59,6 +59,10 @@ def _block_sparse(
     with torch.autocast(q.device.type, enabled=False):
         if keeps_everything(layout):
             out, lse = complete_attention(q, k, v, layout, scale)
+        elif triton_obstacle(layout, q.shape[-1], q.dtype, q.device) is None:
+            from .triton_launch import block_sparse_triton
+
+            out, lse = block_sparse_triton(q, k, v, layout, scale, num_splits)
         else:
             out, lse = block_sparse_blocked(q, k, v, layout, scale, num_splits)
     return out.contiguous(), lse.contiguous()
@@ -162,6 +166,8 @@ def block_sparse_attention(
         if not torch.compiler.is_compiling():
             # Reads the lists once per layout; a traced call relies on the constructors having done so.
             layout.validate()
+    elif not torch.compiler.is_compiling():
+        remember(layout)  # what is derived from it must outlive this call, checked or not
     out, lse = _block_sparse(
         q,
         k,
@@ -219,6 +225,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, num_split
         )
     if layout.kv_lens is not None and layout.kv_lens.numel() != q.shape[0]:
         raise layout_error(f"{layout.kv_lens.numel()} kv_lens, {q.shape[0]} samples", WHERE, "Give one per sample.")
+    for name, seg in (("q_seg", layout.q_seg), ("kv_seg", layout.kv_seg)):
+        if seg is not None and seg.dim() == 2 and seg.shape[0] not in (1, q.shape[0]):
+            raise layout_error(f"{name} is for {seg.shape[0]} samples, the call has {q.shape[0]}", WHERE, "Match them.")
     if num_splits < 1:
         raise value_error(f"num_splits is {num_splits}", WHERE, "Use 1 or more.")
 
