@@ -47,6 +47,11 @@ class Output:
         """Tell what the reader should know, also when quiet."""
         typer.echo(f"note: {text}", err=True)
 
+    def failure(self, what: str, remedy: str = "") -> None:
+        """Tell that something does not work, where a command goes on to tell more; the exit code is the command's."""
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(f"{what}\n  do:    {remedy}" if remedy else what, err=True)
+
     def text(self, text: str) -> None:
         """A result in words; not in JSON mode."""
         if not self.json:

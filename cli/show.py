@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from patchkit.cli.console import Debug, Json, Output, Quiet, heavy
+from patchkit.cli.console import FAILED, Debug, Json, Output, Quiet, heavy
 
 
 def list_recipes(
@@ -153,21 +153,48 @@ def schema() -> None:
 
 
 def doctor(json_: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Show versions, devices, and which path each kernel takes here. Writes nothing."""
+    """Show versions and devices; run every kernel and say which path it takes, why, and how exact it is.
+
+    Writes nothing. Exit code 1 if a kernel fails.
+    """
     with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
         heavy(out)
         from patchkit.runs.diagnosis import diagnose
 
-        found = diagnose()
+        with out.working("running the kernels"):
+            found = diagnose()
         out.table("versions", ("package", "version"), [(n, v or "not installed") for n, v in found["versions"].items()])
         out.table("devices", ("device", "what it is"), list(found["devices"].items()))
         if found["kernels"]:
-            out.table("kernels", ("operator", *found["devices"]), _kernel_rows(found))
+            head = ("operator", "device", "path", "why", "error fp32", "fp16", "bf16", "first call")
+            out.table("kernels: the path they take, their error against fp32", head, _kernel_rows(found["kernels"]))
         out.table("zoo", ("model", "what it is"), list(found["zoo"].items()))
         for problem in found["problems"]:
             out.note(problem)
+        for failure in found["failures"]:
+            out.failure(failure)
+        if found["failures"]:
+            out.failure(
+                "calls of that kind raise or are wrong: no operator changes its path because a kernel failed",
+                "update torch and triton together, or leave out recipes that use it; dense attention is torch's own",
+            )
         out.data(found)
+        if found["failures"]:
+            raise typer.Exit(FAILED)
 
 
-def _kernel_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [(name, *(paths.get(d, "-") for d in found["devices"])) for name, paths in found["kernels"].items()]
+def _kernel_rows(kernels: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for name, devices in kernels.items():
+        for device, entry in devices.items():
+            checks = entry["checks"]
+            errors = [_error(checks.get(dtype)) for dtype in ("float32", "float16", "bfloat16")]
+            first = max(check["first_ms"] for check in checks.values())
+            rows.append((name, device, entry["path"], entry["reason"], *errors, f"{first:.0f} ms"))
+    return rows
+
+
+def _error(check: dict[str, Any] | None) -> str:
+    if check is None:
+        return "-"
+    return "FAILS" if check["failure"] else f"{check['error']:.0e}"

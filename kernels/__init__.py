@@ -12,11 +12,12 @@ from .layout import BlockLayout, ElementRule
 from .mass import block_mass
 from .merge import merge_states
 from .sparse import Path, block_sparse_attention, choose_path
-from .survey import paths
+from .survey import Finding, paths, survey
 
 __all__ = [
     "BlockLayout",
     "ElementRule",
+    "Finding",
     "GradientError",
     "KernelTypeError",
     "KernelValueError",
@@ -28,4 +29,5 @@ __all__ = [
     "dense_attention",
     "merge_states",
     "paths",
+    "survey",
 ]

@@ -13,16 +13,18 @@ OPTIONAL = ("peft", "imageio", "imageio-ffmpeg", "scikit-image", "matplotlib")
 
 
 def diagnose() -> dict[str, Any]:
-    """Everything as plain data; ``problems`` are sentences for the reader."""
+    """Everything as plain data; ``problems`` are sentences for the reader, ``failures`` kernels that do not work."""
     problems: list[str] = []
+    failures: list[str] = []
     versions = measure.versions((*measure.PACKAGES, *OPTIONAL))
     found: dict[str, Any] = {
         "versions": versions,
         "platform": platform.platform(),
         "devices": {device: _describe(device) for device in loading.devices()},
-        "kernels": _kernels(problems),
+        "kernels": _kernels(problems, failures),
         "zoo": {f"zoo/{name}": zoo.describe(name) for name in zoo.names()},
         "problems": problems,
+        "failures": failures,
     }
     for name in ("imageio", "imageio-ffmpeg"):
         if versions[name] is None:
@@ -42,18 +44,29 @@ def _describe(device: str) -> str:
     return f"{facts.name}, compute {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
 
 
-def _kernels(problems: list[str]) -> dict[str, dict[str, str]]:
-    """Operator -> device -> path. The kernels say so themselves; this core knows none of them by name."""
+def _kernels(problems: list[str], failures: list[str]) -> dict[str, dict[str, Any]]:
+    """Operator -> device -> path, reason and checks. The kernels say so themselves; this core knows none by name."""
     kernels = importlib.import_module("patchkit.kernels")
-    paths = getattr(kernels, "paths", None)
-    if paths is None:
+    survey = getattr(kernels, "survey", None)
+    if survey is None:
         problems.append("the installed kernels do not say which path they take")
         return {}
-    out: dict[str, dict[str, str]] = {}
-    for device in loading.devices():
+    out: dict[str, dict[str, Any]] = {}
+    for device in dict.fromkeys(_numbered(d) for d in loading.devices()):
         try:
-            for name, path in paths(device).items():
-                out.setdefault(name, {})[device] = str(path)
+            found = survey(device)
         except Exception as error:  # a broken kernel is what a doctor is for
-            problems.append(f"the kernels cannot say which path they take on {device}: {error}")
+            failures.append(f"the kernels cannot say which path they take on {device}: {error}")
+            continue
+        for finding in found:
+            checks = {dtype: check._asdict() for dtype, check in finding.checks.items()}
+            entry = {"path": finding.path, "reason": finding.reason, "checks": checks}
+            out.setdefault(finding.operator, {})[device] = entry
+            for dtype, failure in finding.failures.items():
+                failures.append(f"{finding.operator} on {device} in {dtype} ({finding.path}): {failure}")
     return out
+
+
+def _numbered(device: str) -> str:
+    """``cuda`` is the first card, which has a number as well."""
+    return "cuda:0" if device == "cuda" else device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -88,7 +89,29 @@ def test_doctor_writes_nothing(cli, tmp_path, monkeypatch):
     assert found["versions"]["patchkit"] == patchkit.__version__
     assert "cpu" in found["devices"]
     assert "zoo/video" in found["zoo"]
+    sparse = found["kernels"]["block_sparse_attention"]["cpu"]
+    assert (sparse["path"], sparse["reason"]) == ("blocked", "Triton needs a GPU")
+    assert 0 < sparse["checks"]["bfloat16"]["error"] < 1e-2
+    assert found["failures"] == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_names_a_kernel_that_fails(cli, monkeypatch):
+    survey = importlib.import_module("patchkit.kernels.survey")  # the package has a function of that name
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(survey, "block_mass", broken)
+    result = cli("doctor")
+    assert result.exit_code == 1
+    assert "error: block_mass on cpu in bfloat16 (blocked): RuntimeError: out of registers" in result.stderr
+    assert "no operator changes its path" in result.stderr
+    assert "FAILS" in result.stdout
+    assert "block_sparse_attention on" not in result.stderr
+    document = cli("doctor", "--json")
+    assert document.exit_code == 1
+    assert len(json.loads(document.stdout)["failures"]) == 3
 
 
 def test_schema(cli):
