@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from patchkit import instance
+from patchkit import compiled, instance
 from patchkit.adapters.base import layers_of
 from patchkit.errors import Conflict
 
@@ -45,7 +45,7 @@ def alive(mark: Any) -> Installation | None:
 
 
 def _methods(installation: Installation, component: str, cls: type) -> dict[str, Callable[..., Any]]:
-    found = {"__call__": _call(installation, component, cls.__call__)}
+    found = {"__call__": _call(installation, component, cls.__call__, cls)}
     if hasattr(cls, "cache_context"):
         found["cache_context"] = _context(installation, component, cls.cache_context)
     if hasattr(cls, "get_compiled_call"):  # how generate() with a static cache calls the model
@@ -53,12 +53,17 @@ def _methods(installation: Installation, component: str, cls: type) -> dict[str,
     return found
 
 
-def _call(installation: Installation, component: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    slot = installation.slot
+def _call(installation: Installation, component: str, original: Callable[..., Any], inner: type) -> Callable[..., Any]:
+    slot, tracked = installation.slot, installation.adapter.family != "transformers"
+    names = compiled.parameters(inner) if tracked else ()
 
     def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-        # inside a compiled wrapper the wrapper's own call has been here already
-        if torch.compiler.is_compiling() or slot.closed:
+        if slot.closed:
+            return original(module, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            # inside a compiled wrapper that was entered, the wrapper's own call has been here already
+            if tracked and component not in installation.inside:
+                args, kwargs = compiled.heard(installation.tensor, component, names, args, kwargs)
             return original(module, *args, **kwargs)
         return installation.denoise(component, original, module, args, kwargs)
 
@@ -76,14 +81,14 @@ def _context(installation: Installation, component: str, original: Callable[...,
 
 def _compiled_call(installation: Installation, component: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def get_compiled_call(module: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        compiled = original(module, *args, **kwargs)
+        faster = original(module, *args, **kwargs)
 
         def inner(_: Any, *inner_args: Any, **inner_kwargs: Any) -> Any:
-            return compiled(*inner_args, **inner_kwargs)
+            return faster(*inner_args, **inner_kwargs)
 
         def call(*inner_args: Any, **inner_kwargs: Any) -> Any:
             if installation.slot.closed:
-                return compiled(*inner_args, **inner_kwargs)
+                return faster(*inner_args, **inner_kwargs)
             return installation.denoise(component, inner, module, inner_args, inner_kwargs)
 
         return call

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from patchkit import clock, instance
+from patchkit import arguments, clock, compiled, instance
 from patchkit.adapters import adapter_for
 from patchkit.adapters.base import unwrap
 from patchkit.bound import Bound
@@ -40,7 +39,9 @@ class Installation:
         self.entered: dict[str, Any] = {}  # the model inside each component
         self.tracker = Tracker(target, self.adapter.grid_rules(), self.adapter.place, self._new_schedule)
         self.running = 0
-        self._inside: set[str] = set()  # components whose model is running
+        self.tensor = compiled.register(self)
+        self.unheard: set[str] = set()  # recipes around a call that happened inside a compiled graph
+        self.inside: set[str] = set()  # components whose model is running
         self._moments: dict[str, Moment] = {}  # of the denoise chains that are running
         for site in self.sites:
             site.tracker = self.tracker
@@ -164,7 +165,7 @@ class Installation:
         self, component: str, original: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One call of a denoiser (or model), through the recipes that stand around it."""
-        if component in self._inside:
+        if component in self.inside:
             return original(module, *args, **kwargs)
         inner = unwrap(module)
         model = self._model(component, original, module, args, kwargs)
@@ -192,14 +193,21 @@ class Installation:
 
         def model(call: DenoiseCall) -> Any:
             inputs = self.tracker.bind(inner, call.args, call.kwargs)
-            self._inside.add(component)
+            self.inside.add(component)
             try:
                 with self.tracker.frames(self._frames_of(component), call.moment, inner, inputs):
                     return original(module, *call.args, **call.kwargs)
             finally:
-                self._inside.discard(component)
+                self.inside.discard(component)
 
         return model
+
+    def heard(self, component: str, inputs: dict[str, Any]) -> None:
+        """A call of a denoiser is happening inside a compiled graph: the recipes around attention need its place."""
+        module = self.entered.get(component)
+        if module is not None and not self.slot.closed:
+            self.tracker.heard(component, module, inputs)
+            self.unheard.update(b.recipe.name for b in self._denoisers if b.covers(component))
 
     def _moment(self, component: str, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moment:
         inputs = self.tracker.bind(inner, args, kwargs)
@@ -219,8 +227,8 @@ class Installation:
     def _run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.running or not any(b.enabled for b in self.bound):
             return original(*args, **kwargs)
-        options, rest = self._own_arguments(kwargs)
-        if self._unknown(rest):
+        options, rest = arguments.split(type(self.target), self._runners, kwargs)
+        if arguments.unknown(type(self.target), rest):
             return original(*args, **rest)  # for the pipeline's own error, before any recipe has computed anything
         first = RunCall(self.target, args, rest)
         for bound in self._runners:
@@ -240,25 +248,6 @@ class Installation:
             self.clear()  # states are of one run: they hold tensors as large as the attention
             if announced is not None:
                 vars(self.target).setdefault("_num_timesteps", announced)
-
-    def _own_arguments(self, kwargs: dict[str, Any]) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
-        """Split the call's arguments into those of recipes and those of the pipeline."""
-        rest = dict(kwargs)
-        options: dict[int, dict[str, Any]] = {}
-        own = inspect.signature(type(self.target).__call__).parameters
-        for bound in self._runners:
-            mine = {name: kwargs[name] for name in bound.recipe.arguments if name in kwargs}
-            options[id(bound)] = mine
-            for name in mine:
-                if name not in own:
-                    rest.pop(name, None)
-        return options, rest
-
-    def _unknown(self, kwargs: dict[str, Any]) -> bool:
-        own = inspect.signature(type(self.target).__call__).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in own.values()):
-            return False
-        return any(name not in own for name in kwargs)
 
     # --- states -----------------------------------------------------------------------------------------------
 
@@ -280,13 +269,16 @@ class Installation:
     # --- what others did --------------------------------------------------------------------------------------
 
     def drift(self) -> list[str]:
-        """What others have replaced since it was installed."""
+        """What others have replaced since it was installed, and what they keep from the recipes."""
         found = self._swapped() + self.journal.drift()
+        wrapped = "torch.compile or peft was put around a patched model; apply to the wrapper instead"
         if self.tracker.blind:
             found.append(
                 "attention ran outside any call of the model that we see: step, branch and grid were unknown there "
-                "(torch.compile or peft was put around a patched model; apply to the wrapper instead)"
+                f"({wrapped})"
             )
+        if self.unheard:
+            found.append(f"{', '.join(sorted(self.unheard))} could not stand around the model's calls ({wrapped})")
         return found
 
     def _swapped(self) -> list[str]:

@@ -73,6 +73,7 @@ class Tracker:
         self._grids: dict[str, tuple[tuple[Any, ...], Grid | None]] = {}
         self.memory: dict[str, Any] = {}  # what an adapter wants to remember until the run ends
         self._bare = _BareClock()
+        self._heard: Frame | None = None  # of the last call inside a compiled graph, whose end nobody tells
 
     def timesteps_set(self, count: int) -> None:
         """The scheduler was given its timesteps."""
@@ -175,7 +176,7 @@ class Tracker:
         self, components: tuple[str, ...], moment: Moment, module: torch.nn.Module, inputs: dict[str, Any]
     ) -> Iterator[None]:
         """While the denoiser (or model) runs."""
-        self._loose = None
+        self._loose = self._heard = None
         frames = [Frame(c, moment, inputs, self._grid(c, module, inputs)) for c in components]
         self._frames.extend(frames)
         try:
@@ -185,6 +186,12 @@ class Tracker:
             self._recent = frames if torch.is_grad_enabled() else []
             for frame in frames:
                 frame.ops.clear()
+
+    def heard(self, component: str, module: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """A denoiser call begins inside a compiled graph."""
+        self._grids.pop(component, None)  # tensors of a graph may bear the identity of other ones that are gone
+        moment = self.moment(component, inputs)
+        self._heard = Frame(component, moment, inputs, self._grid(component, module, inputs))
 
     def _grid(self, component: str, module: torch.nn.Module, inputs: dict[str, Any]) -> Grid | None:
         rule = self._grid_rules.get(component)
@@ -207,7 +214,7 @@ class Tracker:
 
     def fill(self, call: AttentionCall) -> None:
         """Tell an attention call where it is."""
-        known = self._frames
+        known = self._frames or ([self._heard] if self._heard else [])
         if not known and torch._C._current_graph_task_id() != -1:  # inside a backward pass
             known = self._recent
         for frame in reversed(known):

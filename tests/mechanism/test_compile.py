@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from mechanism.toys import Counter, Scale, Watch
+from mechanism.toys import Counter, Scale, Twice, Watch
 
 import patchkit
 
@@ -109,6 +109,74 @@ def check_blind(patch: patchkit.Patch, run: Callable[[], torch.Tensor], eager: t
     (line,) = patch.report()["drift"]
     assert "step, branch and grid were unknown" in line
     patch.remove()
+
+
+def calls_of(name: str) -> tuple[Any, list[tuple[Any, dict[str, Any]]]]:
+    """A bare denoiser, and the calls of a short run of its pipeline."""
+    entry = tiny.PIPELINES[name]
+    pipe = entry.build()
+    model = getattr(pipe, entry.denoisers[0])
+    calls: list[tuple[Any, dict[str, Any]]] = []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    tiny.run(entry, pipe)
+    handle.remove()
+    return model, calls
+
+
+def replay(model: Any, calls: list[tuple[Any, dict[str, Any]]]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([model(*args, **kwargs)[0] for args, kwargs in calls])
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+@pytest.mark.parametrize("name", ["wan21", "sd15", "flux", "cogvideox"])
+def test_a_bare_denoiser_compiled_after_patching(name: str, way: str) -> None:
+    """Nobody sees the wrapper, but attention knows step, branch and grid as if nothing were compiled."""
+    model, calls = calls_of(name)
+    plain = replay(model, calls)
+    watch = Watch()
+    patch = patchkit.apply(model, [Scale(layers="1-"), watch])
+    eager, seen = replay(model, calls), list(watch.seen)
+    assert {s.step for s in seen} == {0, 1}
+    assert any(s.grid for s in seen)
+    watch.seen.clear()
+    held = [model]
+    compile_it(way, model, lambda m: held.__setitem__(0, m))
+    with graphs() as found:
+        torch.testing.assert_close(replay(held[0], calls), eager, atol=1e-5, rtol=1e-5)
+    assert len(found) == 1
+    assert watch.seen == seen
+    drift = patch.report()["drift"]
+    assert bool(drift) == (way == "wrapped")  # of the recipes here, one asks to stand around the call
+    assert all("toy-watch could not stand around the model's calls" in line for line in drift)
+    patch.remove()
+    torch.testing.assert_close(replay(held[0], calls), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_adaspa_on_a_bare_denoiser_compiled_after_patching() -> None:
+    model, calls = calls_of("wan21")
+    options = {"density": 0.25, "min_tokens": 0, "block_size": 4, "warmup_steps": 1, "search_steps": []}
+    with patchkit.apply(model, "adaspa", **options) as patch:
+        eager, counts = replay(model, calls[::2]), patch.report()["recipes"][0]["counts"]
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(replay(compiled, calls[::2]), eager, atol=1e-5, rtol=1e-5)
+        assert patch.report()["recipes"][0]["counts"] == counts
+        assert counts["sparse"] > 0
+        assert patch.report()["drift"] == []
+
+
+def test_gradients_pass_the_op_that_hears_calls() -> None:
+    model, calls = calls_of("wan21")
+    (args, kwargs), *_ = calls
+    latents = kwargs["hidden_states"].clone().requires_grad_()
+
+    def gradient(called: Any) -> torch.Tensor:
+        out = called(*args, **{**kwargs, "hidden_states": latents})[0]
+        return torch.autograd.grad(out.sum(), latents)[0]
+
+    plain = gradient(model)
+    with patchkit.apply(model, Twice()):  # around the call, so nothing else is in the graph
+        torch.testing.assert_close(gradient(torch.compile(model, backend="aot_eager", fullgraph=True)), plain)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_failure_inside_a_run(kind: type[BaseException], where: str) -> None:
         installation = patch._live()
         assert not any(b.states for b in installation.bound), "states outlive the failure"
         assert installation.running == 0
-        assert not installation._inside | installation._moments.keys()
+        assert not installation.inside | installation._moments.keys()
         assert not installation.tracker._frames
         again = tiny.run(entry, pipe)
     with patchkit.apply(pipe, Scale()):
