@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from patchkit.cli import commands, scaffold, show
+from patchkit.cli import bench, commands, scaffold, show
 from patchkit.cli.console import BAD_INPUT, INTERRUPTED, TERMINATED
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer names only its subclass in public
@@ -102,6 +102,7 @@ def _start(
 app.command("run")(commands.run)
 app.command("compare")(commands.compare)
 app.command("plan")(commands.plan)
+app.command("bench")(bench.bench)
 app.command("list")(show.list_recipes)
 app.command("info")(show.info)
 app.command("doctor")(show.doctor)

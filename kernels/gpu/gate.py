@@ -59,20 +59,36 @@ def variants_of(module: str) -> list[Variant]:
     return found
 
 
-def jobs_for(modules: Iterable[str], targets: Sequence[str], subset: bool = False) -> list[Job]:
-    """All compiles of some modules.
+def jobs_for(modules: Iterable[str], targets: Sequence[str], table: Iterable[Row] | None = None) -> list[Job]:
+    """All compiles of some modules, or those that suffice between full checks.
 
     Args:
         modules: from :func:`kernel_modules`.
-        targets: GPU generations; the first is always compiled whole.
-        subset: compile for the other targets only what has no fp16 tensor: bf16 makes the same code but for the type.
+        targets: GPU generations.
+        table: accepted rows. With them the first target is compiled whole, and for each other one, of every kernel, the
+            variants that take the most registers and the most shared memory there, and those that the table lacks.
     """
+    known = None if table is None else {_key(row): row for row in table}
     jobs = []
     for module in modules:
-        for variant in variants_of(module):
-            half = "*fp16" in variant.types.values()
-            jobs += [Job(module, variant.name, t) for t in targets if not (subset and half and t != targets[0])]
+        found = variants_of(module)
+        for target in targets:
+            chosen = found if known is None or target == targets[0] else _tightest(found, target, known)
+            jobs += [Job(module, v.name, target) for v in chosen]
     return jobs
+
+
+def _tightest(variants: Sequence[Variant], target: str, known: Mapping[tuple[str, str], Row]) -> list[Variant]:
+    """Of each kernel the variants that are closest to the limits of ``target``, and unknown ones."""
+    chosen = {v.name for v in variants if (v.name, target) not in known}
+    kernels: dict[int, list[Variant]] = {}
+    for v in variants:
+        if v.name not in chosen:
+            kernels.setdefault(id(v.kernel), []).append(v)
+    for group in kernels.values():
+        for what in ("registers", "shared_bytes"):
+            chosen.add(max(group, key=lambda v: known[v.name, target][what]).name)
+    return [v for v in variants if v.name in chosen]
 
 
 @functools.cache

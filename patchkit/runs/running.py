@@ -98,28 +98,28 @@ def comparison(first: RecipeFile | None, second: RecipeFile | None, labels: tupl
     return Job(base, tuple(variants), notes=notes)
 
 
-def check(job: Job) -> None:
-    """Everything that can be known before the model is loaded. Writes nothing."""
+def check(job: Job, *, writes: bool = True) -> None:
+    """Everything that can be known before the model is loaded. Writes nothing; ``writes``: whether the job will."""
     file = job.file
-    file.require()
+    file.require(output=writes)
     assert file.model is not None
-    assert file.output is not None
-    outputs.check_writable(file.output, file.where("output"))
+    if file.output is not None and writes:
+        outputs.check_writable(file.output, file.where("output"))
     loading.check(file.model, file.where("model"))
     for name, path in calls.media_paths(file.inputs, job.extra).items():
         if not path.is_file():
             raise InvalidOption(f"there is no file {path}", file.where("inputs", name), "check the path")
     cls = loading.pipeline_class(file.model)
     if cls is not None:
-        _check_call(job, cls)
+        _check_call(job, cls, writes)
 
 
-def _check_call(job: Job, cls: type) -> None:
+def _check_call(job: Job, cls: type, writes: bool = True) -> None:
     file = job.file
     extra = {*job.extra, *calls.OWN_INPUTS}
     loading.check_inputs(cls, dict(file.inputs), extra, lambda name: file.where("inputs", name))
-    assert file.output is not None
-    outputs.check_kind(file.output, calls.kind_of(cls), file.where("output"))
+    if file.output is not None and writes:
+        outputs.check_kind(file.output, calls.kind_of(cls), file.where("output"))
 
 
 def run(job: Job, *, say: Say = logger.info, bars: bool = True) -> RunResult:
@@ -142,10 +142,31 @@ def run(job: Job, *, say: Say = logger.info, bars: bool = True) -> RunResult:
         _check_call(job, type(loaded.target))
     else:
         outputs.check_kind(job.file.output, "text", job.file.where("output"))  # type: ignore[arg-type]
+    inputs = complete_inputs(job, loaded)
+    check_plan(job, loaded)
+    measured = carry_out(job, loaded, inputs, say=say, bars=bars)
+    files = write(job, measured.produced, measured.metrics, inputs, measured.notes)
+    return RunResult(files, measured.metrics, measured.texts, measured.notes)
+
+
+def complete_inputs(job: Job, loaded: Loaded) -> dict[str, Any]:
+    """The inputs of the file over those that the model is best called with, pictures and videos read in."""
     inputs = {"seed": 0, **(loaded.defaults or {}), **job.file.inputs}
-    if calls.media_paths(inputs, job.extra):
-        inputs = calls.load_media(inputs, job.extra)
-    _plan(job, loaded)
+    return calls.load_media(inputs, job.extra) if calls.media_paths(inputs, job.extra) else inputs
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the variants of a job made, before anything is written; ``texts`` are the reports in words."""
+
+    produced: dict[str, Produced]
+    metrics: dict[str, Any]
+    texts: dict[str, str]
+    notes: list[str]
+
+
+def carry_out(job: Job, loaded: Loaded, inputs: Mapping[str, Any], *, say: Say, bars: bool) -> Measured:
+    """Call every variant with the same inputs and compare what they make; after a warm-up if there are several."""
     notes = list(job.notes)
     warm = _warm_up(job, loaded, inputs, say, bars, notes) if len(job.variants) > 1 else None
     produced, reports, texts = {}, {}, {}
@@ -163,8 +184,7 @@ def run(job: Job, *, say: Say = logger.info, bars: bool = True) -> RunResult:
     metrics = _metrics(job, loaded, inputs, produced, reports)
     if warm is not None:
         metrics["warm_up"] = warm
-    files = write(job, produced, metrics, inputs, notes)
-    return RunResult(files, metrics, texts, notes)
+    return Measured(produced, metrics, texts, notes)
 
 
 def plan(file: RecipeFile, *, say: Say = logger.info, bars: bool = True) -> Any:
@@ -181,7 +201,7 @@ def plan(file: RecipeFile, *, say: Say = logger.info, bars: bool = True) -> Any:
     return patchkit.plan(loaded.target, list(file.recipes), steps=steps)
 
 
-def _plan(job: Job, loaded: Loaded) -> None:
+def check_plan(job: Job, loaded: Loaded) -> None:
     """Refuse what cannot be applied before the first second of compute."""
     import patchkit
 

@@ -13,7 +13,7 @@ import patchkit
 from patchkit.cli import show
 from patchkit.recipe_files.schema import schema
 
-COMMANDS = ["run", "compare", "plan", "list", "info", "doctor", "schema", "new-recipe"]
+COMMANDS = ["run", "compare", "plan", "bench", "list", "info", "doctor", "schema", "new-recipe"]
 
 
 def test_help(cli):

@@ -42,7 +42,7 @@ def compiling(*command, **extra):
 
 @pytest.mark.slow
 def test_every_kernel_compiles_as_the_table_says():
-    """sm90 whole, the other targets without their fp16 variants; the script without --subset does all."""
+    """sm90 whole, of sm80 and sm120 the variants that take most; the script without --subset does all."""
     if not gate.kernel_modules():
         pytest.skip("no Triton kernel yet")
     done = compiling(ROOT / "benchmarks" / "compile_kernels.py", "--check", "--subset")
@@ -114,3 +114,17 @@ def test_shared_memory_beyond_the_card_is_a_fault():
     made = {t: Compiled("a", t, 100, 0, 102400, 8, 8, 4, 2).faults(pipelined=True) for t in ("sm90", "sm120")}
     assert made["sm90"] == []
     assert "102400 bytes of shared memory, 101376 are there" in made["sm120"][0]
+
+
+def test_the_subset_takes_what_is_tightest(monkeypatch):
+    """Of one kernel with variants a to e: most registers, most shared memory, and what the table does not know."""
+    from patchkit.kernels.gpu import Variant
+
+    kernel = object()
+    monkeypatch.setattr(gate, "variants_of", lambda module: [Variant(n, kernel, {}, {}) for n in "abcde"])
+    figures = {"a": (50, 10), "b": (90, 10), "c": (60, 99), "d": (70, 70)}
+    table = [{"variant": n, "target": "sm120", "registers": r, "shared_bytes": s} for n, (r, s) in figures.items()]
+    jobs = gate.jobs_for(["m"], ["sm90", "sm120"], table)
+    assert [j.variant for j in jobs if j.target == "sm90"] == list("abcde")
+    assert [j.variant for j in jobs if j.target == "sm120"] == ["b", "c", "e"]
+    assert len(gate.jobs_for(["m"], ["sm90", "sm120"])) == 10
