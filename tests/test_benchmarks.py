@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -105,3 +106,64 @@ def test_conditions_of_this_machine(script):
     found = script("rows").conditions("cpu")
     assert {"device", "capability", "threads", "torch", "python"} <= set(found)
     json.dumps(found)
+
+
+@pytest.fixture
+def steps(script, monkeypatch):
+    """benchmarks/model_step.py, and its arguments as on the command line."""
+    module = script("model_step")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["model_step.py", *map(str, arguments)])
+        return module.main()
+
+    run.module = module
+    return run
+
+
+def test_steps_of_tiny_models_go_through_every_phase(steps, capsys, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    assert steps("--smoke", "--repeats", 1, "--model", "wan-1.3b", "hunyuanvideo", "--out", out) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "wan-1.3b: 256 tokens",
+        "hunyuanvideo: 272 tokens",
+        "cached_search",
+        "run of 50 steps",
+        "attention alone",
+    ):
+        assert words in text
+    assert not out.exists()
+    assert steps("--device", "cpu") == 2
+
+
+def test_layers_share_weights_but_are_modules_of_their_own(steps):
+    subject = steps.module.SUBJECTS["hunyuanvideo"]
+    args = argparse.Namespace(smoke=True, device="cpu", layer_share=1.0, own_weights=False)
+    model, scale = subject.build(args)
+    first, second = model.transformer_blocks
+    assert first.attn.to_q.weight is second.attn.to_q.weight
+    assert first.attn is not second.attn
+    assert first.attn.processor is not second.attn.processor
+    assert (len(model.single_transformer_blocks), scale) == (2, 1.0)
+    args.own_weights, args.layer_share = True, 0.5
+    model, scale = subject.build(args)
+    assert (len(model.transformer_blocks), len(model.single_transformer_blocks), scale) == (1, 1, 2.0)
+
+
+def test_true_sizes(steps):
+    """Token counts of the real models follow from latents and patches; heads from the configuration."""
+    expected = {"hunyuanvideo": 118_800, "wan-14b": 75_600, "wan-1.3b": 32_760}
+    for name, tokens in expected.items():
+        _, _, frames, height, width = steps.module.SUBJECTS[name].latents
+        assert frames * (height // 2) * (width // 2) == tokens
+
+
+def test_a_run_is_put_together_from_its_phases(steps):
+    row = {"dense_ms": 100.0, "fused_search_ms": 140.0, "sparse_ms": 40.0, "cached_search_ms": 80.0}
+    row |= {name.replace("_ms", "_attention_ms"): value - 20 for name, value in row.items()}
+    found = steps.module.composed(row)
+    assert found["whole_run_s"] == pytest.approx((9 * 100 + 140 + 39 * 40 + 80) / 1e3)
+    assert found["whole_speed_up"] == pytest.approx(5000 / 2680, abs=1e-3)
+    assert found["attention_speed_up"] == pytest.approx(4000 / (9 * 80 + 120 + 39 * 20 + 60), abs=1e-3)
+    assert found["attention_share"] == 0.8
