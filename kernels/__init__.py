@@ -13,6 +13,7 @@ from .mass import block_mass
 from .merge import merge_states
 from .sparse import Path, block_sparse_attention, choose_path
 from .survey import Finding, paths, survey
+from .topk import row_topk
 
 __all__ = [
     "BlockLayout",
@@ -29,5 +30,6 @@ __all__ = [
     "dense_attention",
     "merge_states",
     "paths",
+    "row_topk",
     "survey",
 ]

@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 
 from ..errors import layout_error
+from ..topk import index_dtype
 from .rules import ElementRule, pack_bits
 
 if TYPE_CHECKING:
     from .block_layout import BlockLayout
 
 WHERE = "BlockLayout"
-
-
-def index_dtype(n_k: int) -> torch.dtype:
-    """Smallest index dtype for ``n_k`` key blocks. torch's uint16 has no gather or sort, so int16 takes its place."""
-    return torch.int16 if n_k <= torch.iinfo(torch.int16).max else torch.int32
 
 
 def row_lists(keep: Tensor, complete: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..errors import refuse_gradient, type_error, value_error
 from .blocked import block_mass_blocked
 
@@ -26,6 +27,10 @@ def _block_mass(
     row_sum: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    if triton_obstacle(q, block_q, block_k) is None:
+        from .triton import block_mass_triton
+
+        return block_mass_triton(q, k, lse, block_q, block_k, kv_lens, row_sum, scale)
     # Precision is this operator's business: under the caller's autocast its fp32 matmuls would become bf16.
     with torch.autocast(q.device.type, enabled=False):
         return block_mass_blocked(q, k, lse, block_q, block_k, kv_lens, row_sum, scale)
@@ -45,6 +50,16 @@ def _(
     n_q, n_k = (q.shape[2] + block_q - 1) // block_q, (k.shape[2] + block_k - 1) // block_k
     sums = q.new_empty(q.shape[:3] if row_sum else (0,), dtype=torch.float32)
     return q.new_empty((q.shape[0], q.shape[1], n_q, n_k), dtype=torch.float32), sums
+
+
+def triton_obstacle(q: Tensor, block_q: int, block_k: int) -> str | None:
+    """Why the blocked path takes this call and not the Triton kernel; None when the kernel does."""
+    found = gpu.obstacle(q.device)
+    if found is None:
+        from .triton import unsupported
+
+        found = unsupported(q, block_q, block_k)
+    return found
 
 
 @overload

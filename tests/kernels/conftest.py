@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,45 @@ def qkv() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         return q, k, v
 
     return make
+
+
+@pytest.fixture
+def awkward_scores() -> Callable[..., Tensor]:
+    """``awkward_scores(B, H, R, N)``: ties, zeros of both signs, infinities and NaN among numbers of both signs."""
+
+    def make(*shape: int) -> Tensor:
+        g = torch.Generator().manual_seed(sum(shape))
+        scores = torch.randint(-3, 4, shape, generator=g).float() * torch.rand(shape, generator=g).round()
+        odd = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 1e-45])
+        choice = torch.randint(0, 40, shape, generator=g)
+        scores = torch.where(choice < 5, odd[choice.clamp(max=4)], scores)
+        scores[..., 0, :] = torch.rand(shape[-1], generator=g)  # a row of masses
+        scores[..., -1, :] = float("nan")
+        scores[..., -1, shape[-1] // 2] = float("-inf")
+        return scores
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def check_topk() -> Callable[..., None]:
+    """``check_topk(row_topk, scores, k, ...)``: the operator against sorting every row."""
+
+    def check(row_topk: Callable[..., tuple[Tensor, Tensor]], scores: Tensor, k: int | Tensor, **extra: Any) -> None:
+        from patchkit.kernels.topk.reference import row_topk_reference
+
+        idx, num = row_topk(scores, k, **extra)
+        width = extra.pop("width", None)
+        forced = extra.pop("forced", None)
+        forced = None if forced is None else forced.broadcast_to(scores.shape)
+        table = torch.as_tensor(k).broadcast_to(scores.shape[:2])
+        lists, counts = row_topk_reference(scores, table, forced=forced, **extra)
+        assert torch.equal(num, counts)
+        longest = scores.shape[-1] if forced is not None else min(int(table.max()), scores.shape[-1])
+        assert idx.shape == (*scores.shape[:3], max(1, longest) if width is None else width)
+        found = idx.flatten(0, 2).tolist()
+        for row, wanted in zip(found, [row for sample in lists for head in sample for row in head], strict=True):
+            stored = wanted[: len(row)]
+            assert row == stored + [0] * (len(row) - len(stored))
+
+    return check
