@@ -87,26 +87,44 @@ def _empty_rows(out: Tensor, lse: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]
 def _cuda(
     choice: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """The CUDA kernel SDPA chose. KV heads are repeated for the kernels that take equal head counts only."""
+    """The CUDA kernel SDPA chose, called as SDPA calls it.
+
+    The choice was made for these very tensors, so KV heads are not repeated: flash and cuDNN take fewer of them, and
+    the memory-efficient kernel is not chosen for grouped heads.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group, d, n = q.shape[1] // k.shape[1], q.shape[-1], q.shape[2]
+    d, n = q.shape[-1], q.shape[2]
     aten = torch.ops.aten
     if choice == FLASH:
         # SDPA pads the head size to a multiple of 8 before its flash kernel.
-        q, k, v = (F.pad(x, (0, -d % 8)) for x in (q, k, v))
+        q, k, v = (F.pad(x, (0, -d % 8)) if d % 8 else x for x in (q, k, v))
         result = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
         return result[0][..., :d], result[1][..., :n].float()
-    if group > 1:
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    bias = None if mask is None else additive(mask, q.dtype).expand(*q.shape[:3], k.shape[2])
+    bias = None
+    if mask is not None:
+        bias = additive(mask, q.dtype)
+        bias = bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape))
     if choice == EFFICIENT:
-        if bias is not None and bias.shape[-1] % 8:
-            # The kernel wants rows of the bias aligned to 8 elements; the slice keeps the padded stride.
-            bias = F.pad(bias, (0, -bias.shape[-1] % 8))[..., : k.shape[2]]
+        bias = None if bias is None else _aligned(bias, q, k)
         result = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
     else:
+        # cuDNN broadcasts the bias over heads itself.
         result = aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, causal, False, scale=scale)
+    # The memory-efficient kernel rounds the rows of its LSE up to 32, cuDNN's has a dimension of 1 behind them.
     return result[0], result[1].reshape(*q.shape[:2], -1)[..., :n].float()
+
+
+def _aligned(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The bias (up to broadcasting) for the memory-efficient kernel, which wants its rows aligned to 8 elements.
+
+    Padded before it is expanded, so that a mask shared by all heads is not copied for each; the slice keeps the
+    padded stride.
+    """
+    n = k.shape[2]
+    bias = bias.expand(*bias.shape[:3], n)
+    if bias.stride(-1) != 1 or any(stride % 8 for stride in bias.stride()[:-1]):
+        bias = F.pad(bias, (0, -n % 8)).contiguous()[..., :n]
+    return bias.expand(*q.shape[:3], n)
 
 
 def _chunked(
