@@ -66,6 +66,7 @@ class Constructors:
         q_len: int,
         kv_len: int,
         kv_lens: Tensor | None = None,
+        k_max: int | None = None,
     ) -> BlockLayout:
         """Each row keeps its ``k`` blocks of largest mass, plus the forced ones.
 
@@ -79,12 +80,15 @@ class Constructors:
             q_len: number of queries.
             kv_len: number of keys.
             kv_lens: (B,) valid keys per sample; blocks past them are never kept.
+            k_max: bound of ``k_per_head`` that is known to the host.
 
-        Ties go to the lower index; a NaN mass ranks last. Works head by head: no sort of all blocks at once.
+        Ties go to the lower index; a NaN mass ranks last. No sort of all blocks (see ``row_topk``). On an accelerator
+        nothing waits for it, except once for ``forced``, and for a ``k_per_head`` that lives there without ``k_max``;
+        lists and lengths are not read back to be checked.
         """
         from .select import from_topk
 
-        return from_topk(W, k_per_head, forced, block_q, block_k, q_len, kv_len, kv_lens)
+        return from_topk(W, k_per_head, forced, block_q, block_k, q_len, kv_len, kv_lens, k_max)
 
     @classmethod
     def from_predicate(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from patchkit import kernels
 from patchkit.context import AttentionCall
+from patchkit.kernels.topk import index_dtype
 from patchkit.recipes.adaspa.selection import Choice, Geometry
 
 Heads = slice | Tensor
@@ -47,8 +48,56 @@ def real_queries(geometry: Geometry, device: torch.device) -> Tensor:
 def make_layout(choice: Choice, geometry: Geometry, call: AttentionCall, heads: Heads) -> kernels.BlockLayout:
     """Index lists of the kept blocks. Rows with text and heads that are not selected are complete.
 
-    The layout stores complete rows by their length alone, so they make no list longer.
+    The layout stores complete rows by their length alone, so they make no list longer. Waits for the device once, to
+    learn how long the lists have to be: with heads of equal budgets they are a third shorter.
     """
+    if choice.lists is None:
+        return _layout_of_mask(choice, geometry, call, heads)
+    device, (batch, count), n_q = call.q.device, call.q.shape[:2], geometry.counts[0]
+    r0, r1 = geometry.rows
+    valid = valid_blocks(geometry, batch, device)
+    length = choice.k + (valid - choice.columns)  # (B, H'): text blocks come on top
+    listed = length.masked_fill(length == valid, 0)
+    rows = _with_text(choice, geometry, listed[..., None, None], max(1, int(listed.max())))
+    num = valid.to(torch.int32)[..., None].repeat(1, count, n_q)
+    num[:, heads, r0:r1] = length.to(torch.int32)[..., None]
+    idx = rows
+    if rows.shape[:3] != num.shape:
+        idx = rows.new_zeros(*num.shape, rows.shape[-1])
+        idx[:, heads, r0:r1] = rows
+    return kernels.BlockLayout(
+        *geometry.block, geometry.tokens, geometry.tokens, idx, num, kv_lens=lengths_tensor(geometry, device)
+    ).assured()
+
+
+def valid_blocks(geometry: Geometry, batch: int, device: torch.device) -> Tensor:
+    """(B, 1): key blocks with real keys in each sample."""
+    lengths = geometry.lengths or (geometry.tokens,) * batch
+    return torch.tensor([[-(-n // geometry.block[1])] for n in lengths], device=device)
+
+
+def _with_text(choice: Choice, geometry: Geometry, length: Tensor, width: int) -> Tensor:
+    """(B, H', R, width) lists of video and text blocks, ascending, 0 from ``length`` (B, H', 1, 1) on.
+
+    Text stands at one end, so its blocks come before or after those of the video.
+    """
+    assert choice.lists is not None
+    first, after = geometry.columns
+    slot = torch.arange(width, device=choice.k.device)
+    behind = first + choice.k[..., None, None]  # the slot in which the text behind the video begins
+    text = torch.where(slot < first, slot, slot - behind + after)
+    text = text.masked_fill(slot >= length, 0).to(index_dtype(geometry.counts[1]))
+    rows = text.expand(*choice.lists.shape[:3], width).contiguous()
+    stored = min(choice.lists.shape[-1], width - first)
+    if stored > 0:
+        part, slot = rows[..., first : first + stored], slot[first : first + stored]
+        video = (slot < behind) & (slot < length)
+        part.copy_(torch.where(video, choice.lists[..., :stored] + first, part))
+    return rows
+
+
+def _layout_of_mask(choice: Choice, geometry: Geometry, call: AttentionCall, heads: Heads) -> kernels.BlockLayout:
+    """:func:`make_layout` where rows differ in length: by a mask over all blocks."""
     blocks = geometry.with_text(choice.kept)
     if blocks.shape[1] != call.q.shape[1]:
         selected = blocks

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from patchkit.context import Span
+from patchkit.kernels import row_topk
 
 Mode = Literal["rows", "global"]
 
@@ -41,31 +42,55 @@ def blocks_per_row(density: float, columns: int) -> int:
     return min(max(1, round(density * columns)), columns)
 
 
-def rank_blocks(mass: Tensor, keep: int, mode: Mode) -> Tensor:
-    """Blocks by falling mass; equal ones by rising index. The first k of it are the best k for every k <= ``keep``.
+@dataclass(frozen=True)
+class Nested:
+    """The best blocks of every row for each of three budgets, from one ranking: each is a part of the next.
 
-    Args:
-        mass: (B, H, R, C).
-        keep: blocks per row that are wanted at most.
-        mode: ``"rows"`` ranks within each row, ``"global"`` over all rows of a head.
-
-    Returns:
-        int32 (B, H, R, keep) column numbers, or (B, H, R * keep) numbers into a flattened R x C.
+    Attributes:
+        lists: (B, h, R, k) ascending column numbers, one tensor a budget.
+        kept: (B, h, 3) the mass they hold.
     """
-    if mode == "global":
-        keep, mass = keep * mass.shape[-2], mass.flatten(-2)
-    return mass.sort(dim=-1, descending=True, stable=True).indices[..., :keep].to(torch.int32)
+
+    lists: list[Tensor]
+    kept: Tensor
+
+    @classmethod
+    def of(cls, video: Tensor, ks: list[int]) -> Nested:
+        """From masses (B, h, R, C) and three rising budgets. The masses are read once: the best k of a row are among
+        its best k' > k, and an ascending list keeps the order by which equal masses are told apart.
+        """
+        columns, _ = row_topk(video, ks[-1])
+        best = video.gather(-1, columns.long())
+        lists, sums = [columns], [best.sum((-1, -2))]
+        for k, wider in zip(ks[-2::-1], ks[:0:-1], strict=True):
+            if k < wider:
+                places = row_topk(best, k)[0].long()
+                columns, best = columns.gather(-1, places), best.gather(-1, places)
+            lists.insert(0, columns)
+            sums.insert(0, best.sum((-1, -2)))
+        return cls(lists, torch.stack(sums, dim=-1))
 
 
-def chosen(ranked: Tensor, k: Tensor, rows: int, columns: int, mode: Mode) -> Tensor:
-    """The first k of each row's ranking as a mask: bool (B, H, rows, columns); k is (B, H)."""
-    if mode == "global":
-        inside = torch.arange(ranked.shape[-1], device=ranked.device) < (k * rows)[..., None]
-        flat = torch.zeros(*ranked.shape[:-1], rows * columns, dtype=torch.bool, device=ranked.device)
-        return flat.scatter_(-1, ranked.long(), inside).unflatten(-1, (rows, columns))
-    inside = torch.arange(ranked.shape[-1], device=ranked.device) < k[..., None, None]
-    mask = torch.zeros(*ranked.shape[:-1], columns, dtype=torch.bool, device=ranked.device)
-    return mask.scatter_(-1, ranked.long(), inside.expand_as(ranked))
+def select_lists(parts: list[Nested], level: Tensor) -> Tensor:
+    """(B, H, R, k) lists of all heads, each at its level (B, H); entries past a head's own k mean nothing."""
+    low, middle, lists = (torch.cat([part.lists[i] for part in parts], dim=1) for i in range(3))
+    for i, narrow in ((1, middle), (0, low)):
+        if narrow.shape[-1] < lists.shape[-1]:
+            front = lists[..., : narrow.shape[-1]]
+            front.copy_(torch.where((level == i)[..., None, None], narrow, front))
+    return lists
+
+
+def rank_all(mass: Tensor, keep: int) -> Tensor:
+    """Numbers (B, H, keep) into the flattened blocks of a head by falling mass; equal ones by rising number."""
+    return mass.flatten(-2).sort(dim=-1, descending=True, stable=True).indices[..., :keep].to(torch.int32)
+
+
+def mask_of(ranked: Tensor, count: Tensor, rows: int, columns: int) -> Tensor:
+    """The first ``count`` (B, H) of each head's ranking as a mask: bool (B, H, rows, columns)."""
+    inside = torch.arange(ranked.shape[-1], device=ranked.device) < count[..., None]
+    flat = torch.zeros(*ranked.shape[:-1], rows * columns, dtype=torch.bool, device=ranked.device)
+    return flat.scatter_(-1, ranked.long(), inside).unflatten(-1, (rows, columns))
 
 
 @dataclass(frozen=True)
@@ -73,18 +98,33 @@ class Choice:
     """What one search found; numbers per head are (B, H).
 
     Attributes:
-        kept: bool (B, H, R, C) over the blocks without text.
         k: video blocks per row.
         density: the level that k was rounded from.
         recall: share of the attention mass that stays, text included.
         base_recall: the same at the common density, which decided the levels.
+        columns: how many key blocks have no text.
+        lists: (B, H, R, >= k) the kept ones of them in each row, ascending; k of them count. None in global mode.
+        mask: bool (B, H, R, columns) the same in global mode, whose rows differ in length.
     """
 
-    kept: Tensor
     k: Tensor
     density: Tensor
     recall: Tensor
     base_recall: Tensor
+    columns: int
+    lists: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def kept(self) -> Tensor:
+        """Bool (B, H, R, C) over the blocks without text. As large as all masses of a layer: not made on the way."""
+        if self.mask is not None:
+            return self.mask
+        assert self.lists is not None
+        inside = torch.arange(self.lists.shape[-1], device=self.k.device) < self.k[..., None, None]
+        places = self.lists.long().masked_fill(~inside, self.columns)  # a spare column for what does not count
+        mask = torch.zeros(*places.shape[:-1], self.columns + 1, dtype=torch.bool, device=places.device)
+        return mask.scatter_(-1, places, True)[..., : self.columns]
 
 
 def choose(
@@ -99,8 +139,8 @@ def choose(
     """Choose blocks from exact block masses.
 
     Args:
-        masses: (B, h, Nq, Nk) for some heads after others. Only a ranking of the best blocks outlives each of them,
-            so that W of a long video (0.3 GB a layer) is never held as a whole.
+        masses: (B, h, Nq, Nk) for some heads after others. Only lists of the best blocks outlive each of them, so
+            that W of a long video (0.3 GB a layer) is never held as a whole.
         geometry: where the text is.
         density: mean share of video blocks that a row keeps.
         threshold: recall above which a head can give blocks away.
@@ -112,36 +152,38 @@ def choose(
     low, high = levels(density) if adaptive else (density, density)
     steps = (low, density, high)
     ks = [blocks_per_row(d, columns) for d in steps]
+    nested: list[Nested] = []
     ranked, recalls = [], []
     for mass in masses:
         video = mass[..., r0:r1, c0:c1]
-        ranking = rank_blocks(video, ks[2], mode)
-        ranked.append(ranking)
-        recalls.append(_recalls(mass, video, ranking, ks, mode))
+        if mode == "rows":
+            nested.append(Nested.of(video, ks))
+            kept = nested[-1].kept
+        else:
+            ranked.append(rank_all(video, ks[2] * rows))
+            best = video.flatten(-2).gather(-1, ranked[-1].long())
+            kept = torch.stack([best[..., : k * rows].sum(-1) for k in ks], dim=-1)
+        recalls.append(_recalls(mass, video, kept))
     recall = torch.cat(recalls, dim=1)  # (B, H, 3)
     level = level_of(recall[..., 1], threshold) if adaptive else torch.ones_like(recall[..., 1], dtype=torch.long)
     k = torch.tensor(ks, device=level.device)[level]
     return Choice(
-        chosen(torch.cat(ranked, dim=1), k, rows, columns, mode),
         k,
         torch.tensor(steps, device=level.device)[level],
         recall.gather(-1, level[..., None])[..., 0],
         recall[..., 1],
+        columns,
+        select_lists(nested, level) if mode == "rows" else None,
+        mask_of(torch.cat(ranked, dim=1), k * rows, rows, columns) if mode == "global" else None,
     )
 
 
-def _recalls(mass: Tensor, video: Tensor, ranking: Tensor, ks: list[int], mode: Mode) -> Tensor:
-    """(B, H, 3): the share of mass kept with each of three numbers of blocks per row, and all of the text."""
-    if mode == "global":
-        ks, video = [k * video.shape[-2] for k in ks], video.flatten(-2)
-    best = video.gather(-1, ranking.long())
-    if mode == "rows":
-        best, video = best.sum(-2), video.flatten(-2)
+def _recalls(mass: Tensor, video: Tensor, kept: Tensor) -> Tensor:
+    """(B, h, 3): the share of mass that three choices keep, with ``kept`` (B, h, 3) of the video and all text."""
     total = mass.sum((-1, -2))
-    text = total - video.sum(-1)
-    kept = torch.stack([best[..., :k].sum(-1) + text for k in ks], dim=-1)
+    text = total - video.sum((-1, -2))
     # a ratio, so that a stale LSE, which scales every row's mass, leaves it meaningful
-    return (kept / total[..., None]).clamp(max=1.0)
+    return ((kept + text[..., None]) / total[..., None]).clamp(max=1.0)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,44 @@ def test_topk_never_keeps_nan_first_or_blocks_past_the_end():
     assert not kept[1, ..., 4:].any()
 
 
+def test_topk_takes_text_rows_lengths_and_budgets_together():
+    W = torch.randint(0, 4, (2, 3, 5, 8), generator=torch.Generator().manual_seed(0)).float()
+    W[1, :, :, 2] = float("nan")
+    k = torch.tensor([[0, 2, 9], [3, 1, 4]])
+    forced = torch.zeros(2, 1, 5, 8, dtype=torch.bool)
+    forced[:, :, :, 3], forced[:, :, 2] = True, True
+    layout = BlockLayout.from_topk(W, k, forced, kv_lens=torch.tensor([500, 250]), **SIZES)
+    valid = torch.arange(8) < torch.tensor([8, 4]).view(2, 1, 1, 1)
+    must = forced & valid
+    score = W.nan_to_num(nan=-1).masked_fill(~valid | must, -2)
+    free = (valid & ~must).sum(-1)
+    for b, h, p in [(b, h, p) for b in range(2) for h in range(3) for p in range(5)]:
+        best = stable_topk(score[b, h, p], min(int(k[b, h]), int(free[b, 0, p])))
+        assert torch.equal(layout.to_bool()[b, h, p], best | must[b, 0, p])
+    assert layout.kv_idx.shape[-1] == 3  # rows that keep all their blocks take no room
+    rows = layout.kv_num == layout.valid_blocks
+    assert not layout.kv_idx[rows].any()
+
+
+@pytest.mark.parametrize("lens", [False, True])
+@pytest.mark.parametrize("table", [False, True])
+def test_topk_reads_nothing_from_an_accelerator(lens, table):
+    """A meta tensor has no values: whatever read one would raise."""
+    W = torch.empty(2, 3, 5, 8, device="meta")
+    k = torch.empty(2, 3, device="meta", dtype=torch.int32) if table else 3
+    kv_lens = torch.empty(2, device="meta", dtype=torch.int64) if lens else None
+    layout = BlockLayout.from_topk(W, k, k_max=3, kv_lens=kv_lens, **SIZES)
+    assert layout.kv_idx.shape == (2, 3, 5, 3)
+    assert layout.kv_num.shape == (2, 3, 5)
+    layout.validate()  # taken as sound
+    assert BlockLayout.from_topk(W, 8, **SIZES).kv_idx.shape[-1] == 1  # everything is kept
+
+
+def test_a_bound_shortens_budgets():
+    W = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(BlockLayout.from_topk(W, 5, k_max=3, **SIZES).to_bool()[0, 0], stable_topk(W, 3))
+
+
 def test_kept_mass_is_the_recall():
     q, k = (torch.randn(1, 2, n, 64, generator=torch.Generator().manual_seed(n)) for n in (300, 500))
     _, lse = dense_attention(q, k, k, return_lse=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from patchkit.context import Span
+from patchkit.recipes.adaspa.compute import _layout_of_mask, make_layout
 from patchkit.recipes.adaspa.schedule import plan
 from patchkit.recipes.adaspa.selection import Geometry, blocks_per_row, choose, level_of, levels
 
@@ -234,6 +236,53 @@ def test_a_mask_that_hides_nothing_is_no_mask():
     found = Geometry.of(96, (16, 16), Span(0, 32), torch.ones(1, 96, dtype=torch.bool))
     assert isinstance(found, Geometry)
     assert (found.shift, found.lengths) == (0, None)
+
+
+# --- layouts ------------------------------------------------------------------------------------------------------
+
+PLACES = [
+    pytest.param(None, 0, id="no-text"),
+    pytest.param(Span(0, 20), 0, id="text-first"),
+    pytest.param(Span(0, 64), 0, id="text-first-whole-blocks"),
+    pytest.param(Span(470, 500), 0, id="text-last"),
+    pytest.param(Span(0, 40), 13, id="padded-text-first"),
+    pytest.param(Span(460, 500), 37, id="padded-text-last"),
+]
+
+
+@pytest.mark.parametrize(("text", "padding"), PLACES)
+@pytest.mark.parametrize("density", [0.04, 0.2, 0.7, 1.0])
+@pytest.mark.parametrize("heads", [slice(0, 5), slice(1, 4), torch.tensor([0, 2, 4])], ids=["all", "slice", "some"])
+def test_lists_give_the_layout_that_masks_give(text, padding, density, heads):
+    """Tensor for tensor, with ties and heads of three budgets; the mask is the definition, the lists the way."""
+    valid = None
+    if padding:
+        valid = torch.ones(2, 500, dtype=torch.bool)
+        valid[0, text.stop - padding : text.stop] = False
+    where = Geometry.of(500, (32, 16), text, valid)
+    assert isinstance(where, Geometry)
+    count = len(range(5)[heads]) if isinstance(heads, slice) else len(heads)
+    mass = (torch.rand(2, count, *where.counts, generator=torch.Generator().manual_seed(0)) ** 2 * 30).round()
+    if where.lengths is not None:
+        mass[0, :, :, -(-where.lengths[0] // 16) :] = 0
+    found = choose([mass], where, density, threshold=0.3)
+    call = SimpleNamespace(q=torch.empty(2, 5, 500, 1))
+    layout = make_layout(found, where, call, heads)
+    wanted = _layout_of_mask(found, where, call, heads)
+    assert layout._tensors().keys() == wanted._tensors().keys()
+    for name, x in layout._tensors().items():
+        assert torch.equal(x, wanted._tensors()[name]), name
+        assert x.dtype == wanted._tensors()[name].dtype
+
+
+def test_choosing_waits_for_no_device():
+    """A meta tensor has no values: whatever read one would raise."""
+    where = Geometry.of(500, (16, 16), Span(480, 500), None)
+    assert isinstance(where, Geometry)
+    found = choose([torch.empty(1, 2, *where.counts, device="meta")] * 2, where, 0.2)
+    assert found.lists is not None
+    assert found.lists.shape == (1, 4, 30, 9)
+    assert found.recall.shape == found.k.shape == (1, 4)
 
 
 # --- schedule -----------------------------------------------------------------------------------------------------
