@@ -73,7 +73,8 @@ def jobs_for(modules: Iterable[str], targets: Sequence[str], table: Iterable[Row
     for module in modules:
         found = variants_of(module)
         for target in targets:
-            chosen = found if known is None or target == targets[0] else _tightest(found, target, known)
+            here = [v for v in found if target in v.targets]
+            chosen = here if known is None or target == targets[0] else _tightest(here, target, known)
             jobs += [Job(module, v.name, target) for v in chosen]
     return jobs
 

@@ -21,6 +21,7 @@ class Variant:
         pipelined: whether the main loop must load asynchronously (``cp.async``); the gate fails when it does not.
         loose: arguments that are not multiples of 16. All other pointers and integers are compiled as divisible by
             16, as Triton specialises aligned tensors and strides.
+        targets: GPU generations that are launched in this form, for launch parameters that differ between them.
     """
 
     name: str
@@ -31,3 +32,4 @@ class Variant:
     num_stages: int = 2
     pipelined: bool = True
     loose: frozenset[str] = field(default_factory=frozenset)
+    targets: tuple[str, ...] = ("sm80", "sm90", "sm120")

@@ -8,7 +8,7 @@ import torch
 
 from .. import gpu
 from ..layout import BlockLayout
-from .triton_table import LARGEST_D, padded, tile_of
+from .triton_table import LARGEST_D, tile_of
 
 # Measured on a CPU with AVX2 against torch's flash kernel (benchmarks/block_sparse_cpu.py): a kept block costs about
 # 1 / 0.75 of a block of a dense call. From 2,048 tokens every measured setting gains; at 1,108 tokens with D = 32
@@ -72,14 +72,14 @@ def triton_obstacle(layout: BlockLayout, D: int, dtype: torch.dtype, device: tor
             return f"{name} is {size}, not a power of two from 16"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{dtype} has no tensor-core product"
-    if D > LARGEST_D:
-        return f"D is {D}, more than {LARGEST_D}"
+    if LARGEST_D[dtype.itemsize] < D:
+        return f"D is {D}, more than {LARGEST_D[dtype.itemsize]} in {dtype}"
     return None
 
 
 def retention(layout: BlockLayout, D: int, dtype: torch.dtype) -> float:
     """Share of the dense kernel's rate that the Triton kernel is taken to reach (unmeasured, see above)."""
-    rows = tile_of(padded(D), dtype, layout.block_q, layout.block_k).rows
+    rows = tile_of(D, dtype, layout.block_q, layout.block_k).rows
     return GPU_RETENTION if rows >= 128 else GPU_RETENTION_64 * rows / 64
 
 

@@ -1,8 +1,8 @@
 """Triton kernels of block-sparse attention: online softmax over lists of key blocks (AdaSpa, arXiv 2502.21079, eq. 12).
 
 One program attends one tile of query rows to the key blocks of its list. What needs no element mask runs in a loop
-without one; the ragged last key block and the partial blocks follow in loops of their own. The host side (which lists,
-which tile, which grid) is ``triton_launch.py``. Shapes in comments: BM query rows, BN keys, D padded head size.
+without one; the ragged last key block and the partial blocks follow in loops of their own. The steps are in
+``triton_steps.py``, the host side (which lists, which tile, which grid) in ``triton_launch.py``.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -11,177 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def tile_step(q, k, v, ok, m, den, acc, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One online-softmax step: q (BM, D), k and v (BN, D), ok (BM, BN) or (1, BN); the state m, den (BM,), acc (BM, D).
-
-    Logits are kept in base 2 and unscaled: scale2 = scale * log2(e) > 0 enters with the subtraction, as one FMA.
-    """
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
-    if MASKED:
-        s = tl.where(ok, s, float("-inf"))
-    top = tl.maximum(m, tl.max(s, 1) * scale2)
-    base = top
-    if MASKED:
-        # A row without any key so far: keep m at -inf, but never compute -inf - -inf.
-        base = tl.where(top == float("-inf"), 0.0, top)
-    p = tl.exp2(s * scale2 - base[:, None])
-    alpha = tl.exp2(m - base)
-    den = den * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return top, den, acc
-
-
-@triton.jit
-def list_entry(idx, at, stop, implicit):
-    """Entry ``at`` of a list, or of the implicit list 0, 1, 2, ...; what lies past ``stop`` is not read."""
-    stored = tl.load(idx + at, mask=(at < stop) & (implicit == 0), other=0).to(tl.int32)
-    return tl.where(implicit, at, stored)
-
-
-@triton.jit
-def load_tile(head, start, stride, inside, D: tl.constexpr, D_PAD: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
-    """(BN, D_PAD) rows ``start``.. of one head; rows where ``inside`` is false (if ROWS) and the padding of D are 0."""
-    row, col = tl.arange(0, BN), tl.arange(0, D_PAD)
-    at = head + start.to(tl.int64) * stride + (row[:, None] * stride + col[None, :])
-    if ROWS:
-        if D == D_PAD:
-            return tl.load(at, mask=inside[:, None], other=0.0)
-        return tl.load(at, mask=inside[:, None] & (col < D)[None, :], other=0.0)
-    if D == D_PAD:
-        return tl.load(at)
-    return tl.load(at, mask=(col < D)[None, :], other=0.0)
-
-
-@triton.jit
-def walk_full(
-    q,
-    m,
-    den,
-    acc,
-    k_head,
-    v_head,
-    k_stride,
-    v_stride,
-    idx,
-    first,
-    last,
-    implicit,
-    scale2,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Entries first..last of a list, every key of them valid: the main loop, without any mask."""
-    SUB: tl.constexpr = BLOCK_K // BN
-    block = list_entry(idx, first, last, implicit)
-    for t in range(first * SUB, last * SUB):
-        start = block * BLOCK_K + (t % SUB) * BN
-        # The next entry is read one step ahead: an address that waits for its own index would stall every step.
-        block = list_entry(idx, (t + 1) // SUB, last, implicit)
-        k = load_tile(k_head, start, k_stride, None, D, D_PAD, BN, False)
-        v = load_tile(v_head, start, v_stride, None, D, D_PAD, BN, False)
-        m, den, acc = tile_step(q, k, v, None, m, den, acc, scale2, False, PRECISION)
-    return m, den, acc
-
-
-@triton.jit
-def walk_tail(
-    q,
-    m,
-    den,
-    acc,
-    k_head,
-    v_head,
-    k_stride,
-    v_stride,
-    start,
-    stop,
-    scale2,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Keys start..stop, fewer than a block: the ragged end of the sequence. Nothing behind ``stop`` is read."""
-    # One step unless a block is walked in several tiles; a pipeline would cost more shared memory than it hides.
-    for t in tl.range(0, (stop - start + BN - 1) // BN, num_stages=1):
-        n = start + t * BN
-        inside = n + tl.arange(0, BN) < stop
-        k = load_tile(k_head, n, k_stride, inside, D, D_PAD, BN, True)
-        v = load_tile(v_head, n, v_stride, inside, D, D_PAD, BN, True)
-        m, den, acc = tile_step(q, k, v, inside[None, :], m, den, acc, scale2, True, PRECISION)
-    return m, den, acc
-
-
-@triton.jit
-def walk_partial(
-    q,
-    m,
-    den,
-    acc,
-    k_head,
-    v_head,
-    k_stride,
-    v_stride,
-    idx,
-    first,
-    last,
-    q_pos,
-    keys,
-    bits,
-    q_ids,
-    kv_seg,
-    causal_offset,
-    scale2,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BN: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BITS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Entries first..last of a list of partial blocks, under all the element rules there are.
-
-    ``bits`` points at the row words of entry 0 for the rows of this tile (BM,); BN <= 64, so a step needs one word.
-    """
-    SUB: tl.constexpr = BLOCK_K // BN
-    WORDS: tl.constexpr = (BLOCK_K + 63) // 64
-    block = tl.load(idx + first, mask=first < last, other=0).to(tl.int32)
-    for t in range(first * SUB, last * SUB):
-        inner = (t % SUB) * BN
-        start = block * BLOCK_K + inner
-        block = tl.load(idx + (t + 1) // SUB, mask=(t + 1) // SUB < last, other=0).to(tl.int32)
-        k_pos = start + tl.arange(0, BN)
-        inside = k_pos < keys
-        ok = tl.broadcast_to(inside[None, :], (q.shape[0], BN))
-        if CAUSAL:
-            ok = ok & (k_pos[None, :] <= q_pos[:, None] + causal_offset)
-        if SEGMENTS:
-            k_ids = tl.load(kv_seg + k_pos, mask=inside, other=-1)
-            ok = ok & (q_ids[:, None] == k_ids[None, :]) & (q_ids >= 0)[:, None]
-        if BITS:
-            word = tl.load(bits + (t // SUB) * (BLOCK_Q * WORDS) + inner // 64)
-            shift = (inner % 64 + tl.arange(0, BN)).to(tl.int64)
-            ok = ok & (((word[:, None] >> shift[None, :]) & 1) != 0)
-        k = load_tile(k_head, start, k_stride, inside, D, D_PAD, BN, True)
-        v = load_tile(v_head, start, v_stride, inside, D, D_PAD, BN, True)
-        m, den, acc = tile_step(q, k, v, ok, m, den, acc, scale2, True, PRECISION)
-    return m, den, acc
-
-
-@triton.jit
-def list_range(count, split, splits):
-    """The part of a list of ``count`` entries that split number ``split`` takes."""
-    size = (count + splits - 1) // splits
-    first = tl.minimum(split * size, count)
-    return first, tl.minimum(first + size, count)
+from .triton_steps import list_range, store_tile, walk_list, walk_partial
 
 
 @triton.jit
@@ -191,6 +21,8 @@ def forward_kernel(
     v,
     out,
     lse,
+    begun,
+    begun_lse,
     kv_idx,
     kv_num,
     part_idx,
@@ -236,6 +68,7 @@ def forward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BP: tl.constexpr,
+    RESUME: tl.constexpr,
     PARTIAL: tl.constexpr,
     CAUSAL: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -246,7 +79,9 @@ def forward_kernel(
     """Grid (work items * tiles per row block, splits): BM query rows over their list, or over one part of it.
 
     Strides are in elements; ``row_b`` and ``row_h`` count rows of the lists and are 0 where those are shared. ``lse``
-    is (splits, B, H, q_len). ``sign`` is that of the scale: it goes into q, so that ``scale2`` is positive.
+    is (splits, B, H, q_len). ``begun`` (B, H, q_len, D) and ``begun_lse`` (B, H, q_len), contiguous fp32, are the
+    result over other keys to go on from (RESUME, one split). ``sign`` is that of the scale: it goes into q, so that
+    ``scale2`` is positive.
     """
     TILES: tl.constexpr = BLOCK_Q // BM
     item = tl.load(order + tl.program_id(0) // TILES)
@@ -271,17 +106,17 @@ def forward_kernel(
     m = tl.full([BM], float("-inf"), tl.float32)
     den = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D_PAD], tl.float32)
+    if RESUME:
+        # A normalised result is a state whose denominator is 1, or 0 where there was no key.
+        rows = (b * heads + h) * q_len + q_pos
+        m = tl.load(begun_lse + rows, mask=live, other=float("-inf")) * 1.4426950408889634
+        den = tl.where(m == float("-inf"), 0.0, 1.0)
+        acc = tl.load(begun + rows[:, None] * D + col[None, :], mask=live[:, None] & (col < D)[None, :], other=0.0)
 
     blocks = (keys + BLOCK_K - 1) // BLOCK_K
     count = tl.load(kv_num + row)
-    implicit = count == blocks
-    idx = kv_idx + row * kv_width
     first, last = list_range(count, split, splits)
-    # Lists ascend, so only the last entry can be the ragged block.
-    final = list_entry(idx, tl.maximum(last - 1, 0), last, implicit)
-    ragged = (first < last) & (final == blocks - 1) & (keys % BLOCK_K != 0)
-    even = tl.where(ragged, last - 1, last)
-    m, den, acc = walk_full(
+    m, den, acc = walk_list(
         q_tile,
         m,
         den,
@@ -290,10 +125,11 @@ def forward_kernel(
         v_head,
         k_n,
         v_n,
-        idx,
+        kv_idx + row * kv_width,
         first,
-        even,
-        implicit,
+        last,
+        count == blocks,
+        keys,
         scale2,
         D,
         D_PAD,
@@ -301,8 +137,6 @@ def forward_kernel(
         BN,
         PRECISION,
     )
-    start = tl.where(ragged, (blocks - 1) * BLOCK_K, keys)
-    m, den, acc = walk_tail(q_tile, m, den, acc, k_head, v_head, k_n, v_n, start, keys, scale2, D, D_PAD, BN, PRECISION)
     if PARTIAL:
         WORDS: tl.constexpr = (BLOCK_K + 63) // 64
         first, last = list_range(tl.load(part_num + row), split, splits)
@@ -355,19 +189,6 @@ def forward_kernel(
         D,
         D_PAD,
     )
-
-
-@triton.jit
-def store_tile(m, den, acc, out_head, lse_head, q_pos, live, out_n, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Write the normalised rows and their natural-log LSE; a row without keys is 0 and -inf, a NaN row stays NaN."""
-    empty = den == 0.0
-    den = tl.where(empty, 1.0, den)  # acc is 0 there
-    acc = acc / den[:, None]
-    found = tl.where(empty, float("-inf"), (m + tl.log2(den)) * 0.6931471805599453)
-    col = tl.arange(0, D_PAD)
-    at = out_head + q_pos.to(tl.int64)[:, None] * out_n + col[None, :]
-    tl.store(at, acc.to(out_head.dtype.element_ty), mask=live[:, None] & (col < D)[None, :])
-    tl.store(lse_head + q_pos, found, mask=live)
 
 
 @triton.jit

@@ -8,7 +8,8 @@ import torch
 
 from ..layout import BlockLayout
 
-LARGEST_D = 128
+# Bytes per element -> the largest head size. The three TF32 products of fp32 do not fit the registers above 64.
+LARGEST_D = {2: 128, 4: 64}
 
 
 class Tile(NamedTuple):
@@ -27,11 +28,14 @@ TABLE = {
     (32, 2): Tile(128, 64, 8, 3),
     (64, 2): Tile(128, 64, 8, 3),
     (128, 2): Tile(128, 32, 8, 3),
-    (16, 4): Tile(64, 32, 4, 2),
-    (32, 4): Tile(64, 32, 4, 2),
-    (64, 4): Tile(64, 32, 4, 2),
-    (128, 4): Tile(64, 32, 4, 2),
+    (16, 4): Tile(64, 16, 4, 2),
+    (32, 4): Tile(64, 16, 4, 2),
+    (64, 4): Tile(64, 16, 4, 2),
+    (128, 4): Tile(64, 16, 4, 2),  # the interpreter only
 }
+# Where a generation has a form of its own. Hopper's products want 64 keys at once and its shared memory has room for a
+# third stage; elsewhere 64 keys beside 128 rows of D = 128 spill.
+HOPPER = {(128, 2): Tile(128, 64, 8, 3)}
 
 
 def padded(D: int) -> int:
@@ -39,15 +43,24 @@ def padded(D: int) -> int:
     return max(16, 1 << (D - 1).bit_length())
 
 
-def tile_of(d_pad: int, dtype: torch.dtype, block_q: int, block_k: int) -> Tile:
-    """The tile for these blocks: a block larger than the table's tile is walked in several, a smaller one as it is."""
-    rows, keys, warps, stages = TABLE[d_pad, dtype.itemsize]
+def tile_of(D: int, dtype: torch.dtype, block_q: int, block_k: int, major: int = 8) -> Tile:
+    """The tile for these blocks: a block larger than the table's tile is walked in several, a smaller one as it is.
+
+    ``major`` is that of the GPU's compute capability.
+    """
+    key = padded(D), dtype.itemsize
+    even = padded(D) == D
+    rows, keys, warps, stages = HOPPER[key] if major == 9 and even and key in HOPPER else TABLE[key]
+    # The mask over the padding of D takes the registers of the third stage's addresses.
+    stages = stages if even else min(stages, 2)
     rows, keys = min(rows, block_q), min(keys, block_k)
     # A warp holds 16 rows of a product; more of them would compute the same rows twice.
     return Tile(rows, keys, min(warps, max(1, rows // 16)), stages)
 
 
-def constants_of(layout: BlockLayout, D: int, dtype: torch.dtype, device: str, tile: Tile) -> dict[str, Any]:
+def constants_of(
+    layout: BlockLayout, D: int, dtype: torch.dtype, device: str, tile: Tile, resume: bool
+) -> dict[str, Any]:
     """Compile-time arguments of the forward kernel."""
     return {
         "D": D,
@@ -56,7 +69,8 @@ def constants_of(layout: BlockLayout, D: int, dtype: torch.dtype, device: str, t
         "BLOCK_K": layout.block_k,
         "BM": tile.rows,
         "BN": tile.keys,
-        "BP": min(tile.keys, 64),
+        "BP": min(tile.keys, 32),
+        "RESUME": resume,
         "PARTIAL": layout.part_idx is not None,
         "CAUSAL": layout.causal_offset is not None,
         "SEGMENTS": layout.q_seg is not None,
@@ -64,6 +78,11 @@ def constants_of(layout: BlockLayout, D: int, dtype: torch.dtype, device: str, t
         "LENGTHS": layout.kv_lens is not None,
         "PRECISION": precision(dtype, device),
     }
+
+
+def major_of(device: torch.device) -> int:
+    """Major compute capability of a GPU; Ampere's for the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
 def precision(dtype: torch.dtype, device: str) -> str:

@@ -8,56 +8,65 @@ import torch
 
 from ..gpu import Variant
 from .triton import forward_kernel, merge_kernel
-from .triton_table import padded, precision, tile_of
+from .triton_table import HOPPER, padded, tile_of
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-FLAGS = ("PARTIAL", "CAUSAL", "SEGMENTS", "BITS", "LENGTHS")
+FLAGS = ("RESUME", "PARTIAL", "CAUSAL", "SEGMENTS", "BITS", "LENGTHS")
 # Run-time sizes that a real sequence rarely makes divisible by 16.
-LOOSE = frozenset(
-    {"heads", "group", "n_q", "q_len", "kv_len", "causal_offset", "splits", "row_b", "row_h", "kv_width", "part_width"}
-)
+COUNTS = ("heads", "group", "n_q", "q_len", "kv_len", "causal_offset", "splits", "kv_width", "part_width")
+LOOSE = frozenset({*COUNTS, "row_b", "row_h"})
 
 
 def variants() -> list[Variant]:
     """Head sizes, dtypes, blocks and each structural flag, as :mod:`.triton_launch` launches them."""
-    half, brain = torch.float16, torch.bfloat16
-    found = [_forward(D, dtype, 64, 64) for D in (64, 128) for dtype in (half, brain)]
-    found += [
-        _forward(64, brain, 128, 64),
-        _forward(128, brain, 128, 64),
-        _forward(128, brain, 128, 128),
-        _forward(128, half, 256, 128, LENGTHS=True),
-        _forward(32, half, 32, 32),
-        _forward(64, half, 16, 16),
-        _forward(128, brain, 64, 64, PARTIAL=True, CAUSAL=True),
-        _forward(128, half, 128, 64, PARTIAL=True, SEGMENTS=True, LENGTHS=True),
-        _forward(64, brain, 64, 64, PARTIAL=True, BITS=True),
-        _forward(128, brain, 128, 128, PARTIAL=True, CAUSAL=True, SEGMENTS=True, BITS=True, LENGTHS=True),
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    forms: list[tuple[int, torch.dtype, int, int, tuple[str, ...]]] = [
+        *((D, dtype, 64, 64, ()) for D in (64, 128) for dtype in (half, brain)),
+        *((D, brain, 64, 64, ("RESUME",)) for D in (64, 128)),
+        *((D, brain, 128, 64, ()) for D in (64, 128)),
+        (80, brain, 64, 64, ()),
+        (32, half, 32, 32, ()),
+        (64, half, 16, 16, ()),
+        (64, single, 64, 64, ()),
+        (128, half, 256, 128, ("LENGTHS",)),
+        (128, brain, 64, 64, ("PARTIAL", "CAUSAL")),
+        (128, half, 128, 64, ("PARTIAL", "SEGMENTS", "LENGTHS")),
+        (64, brain, 64, 64, ("PARTIAL", "BITS")),
+        (128, brain, 128, 128, ("PARTIAL", "CAUSAL", "SEGMENTS", "BITS", "LENGTHS")),
     ]
+    found = [_forward(*form, major) for form in forms for major in (8, 9) if major == 8 or _own_form(form[0], form[1])]
     return [*found, *(_merge(D, dtype) for D in (64, 128) for dtype in (half, brain))]
 
 
-def _forward(D: int, dtype: torch.dtype, block_q: int, block_k: int, **flags: bool) -> Variant:
-    tile = tile_of(padded(D), dtype, block_q, block_k)
+def _own_form(D: int, dtype: torch.dtype) -> bool:
+    return (D, dtype.itemsize) in HOPPER
+
+
+def _forward(D: int, dtype: torch.dtype, block_q: int, block_k: int, flags: tuple[str, ...], major: int) -> Variant:
+    tile = tile_of(D, dtype, block_q, block_k, major)
     constants: dict[str, Any] = {
-        **{name: flags.get(name, False) for name in FLAGS},
+        **{name: name in flags for name in FLAGS},
         "D": D,
         "D_PAD": padded(D),
         "BLOCK_Q": block_q,
         "BLOCK_K": block_k,
         "BM": tile.rows,
         "BN": tile.keys,
-        "BP": min(tile.keys, 64),
-        "PRECISION": precision(dtype, "cuda"),
+        "BP": min(tile.keys, 32),
+        "PRECISION": "tf32x3",
     }
     types = _types(forward_kernel, dtype)
     types |= {"kv_idx": "*i16", "part_idx": "*i16", "part_bits": "*i64", "q_seg": "*i64", "kv_seg": "*i64"}
     absent = {"part_idx": "PARTIAL", "part_num": "PARTIAL", "part_bits": "BITS", "q_seg": "SEGMENTS"}
-    absent |= {"kv_seg": "SEGMENTS", "kv_lens": "LENGTHS"}
+    absent |= {"kv_seg": "SEGMENTS", "kv_lens": "LENGTHS", "begun": "RESUME", "begun_lse": "RESUME"}
     constants |= {name: None for name, flag in absent.items() if not constants[flag]}
     shown = "+".join(name.lower() for name in FLAGS if constants[name] and name != "PARTIAL")
     name = f"sparse.forward D{D} {NAMES[dtype]} {block_q}x{block_k} {shown}".strip()
-    return Variant(name, forward_kernel, types, constants, tile.warps, tile.stages, tile.stages > 1, LOOSE)
+    if major == 9:
+        name, targets = f"{name} (Hopper)", ("sm90",)
+    else:
+        targets = ("sm80", "sm120") if _own_form(D, dtype) else ("sm80", "sm90", "sm120")
+    return Variant(name, forward_kernel, types, constants, tile.warps, tile.stages, tile.stages > 1, LOOSE, targets)
 
 
 def _merge(D: int, dtype: torch.dtype) -> Variant:
@@ -73,5 +82,5 @@ def _types(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
     types = {name: "i32" for name in kernel.arg_names if not name.isupper()}
     types |= {name: f"*{NAMES[x]}" for name, x in known.items() if name in types}
     types |= {name: "*i32" for name in ("kv_num", "part_num", "kv_lens", "order") if name in types}
-    types |= {name: "*fp32" for name in ("lse", "m", "l") if name in types}
+    types |= {name: "*fp32" for name in ("lse", "begun", "begun_lse") if name in types}
     return types | {name: "fp32" for name in ("sign", "scale2") if name in types}

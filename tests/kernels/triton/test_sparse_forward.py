@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from patchkit.kernels import BlockLayout, ElementRule, block_sparse_attention, choose_path
+from patchkit.kernels.sparse import triton_pairs, triton_table
 from patchkit.kernels.sparse.reference import block_sparse_reference
 
 pytestmark = pytest.mark.usefixtures("on_triton", "nan_buffers")
@@ -185,6 +186,88 @@ def test_two_runs_are_bit_equal(qkv):
     assert torch.equal(block_sparse_attention(q[:, 1:], k, v, alone), block_sparse_attention(q, k, v, layout)[:, 1:])
 
 
+@pytest.fixture
+def pairs_always(monkeypatch):
+    monkeypatch.setattr(triton_pairs, "PAIR_BLOCKS", 0)
+    monkeypatch.setattr(triton_pairs, "PAIR_OVERLAP", 0.0)
+
+
+PAIRED = [
+    # B, H, Hkv, N, M, D, block_k, B', H', kv_lens, splits
+    pytest.param(1, 2, 1, 128, 128, 64, 64, 1, 2, None, 1, id="even"),
+    pytest.param(2, 2, 2, 170, 133, 64, 64, 2, 1, [133, 70], 1, id="odd-rows-per-sample-lists"),
+    pytest.param(1, 2, 1, 128, 200, 80, 32, 1, 2, None, 2, id="d80-two-splits"),
+    pytest.param(2, 1, 1, 100, 128, 128, 128, 1, 1, [128, 0], 1, id="d128-an-empty-sample"),
+]
+
+
+@pytest.mark.parametrize(("B", "H", "Hkv", "N", "M", "D", "bk", "Bl", "Hl", "lens", "splits"), PAIRED)
+def test_pairs(qkv, close, close_lse, pairs_always, B, H, Hkv, N, M, D, bk, Bl, Hl, lens, splits):
+    """Shared and own blocks in two launches: the same result, whatever neighbours share."""
+    q, k, v = qkv(B, H, Hkv, N, M, D)
+    kv_lens = None if lens is None else torch.tensor(lens)
+    layout = random_layout((2 if lens else Bl, Hl), N, M, 64, bk, 0.7, kv_lens=kv_lens)
+    assert triton_pairs.pairs_of(layout) is not None
+    check(q, k, v, layout, close, close_lse, num_splits=splits)
+
+
+def test_pairs_with_partial_blocks_complete_and_empty_rows(qkv, close, close_lse, pairs_always):
+    N, M = 370, 200
+    keep = torch.zeros(6, 7, dtype=torch.bool)
+    keep[0, 1:4] = keep[1, 2:6] = True  # overlapping
+    keep[2:4] = True  # two complete rows (as far as the rule lets them be)
+    keep[4] = True  # one complete row beside an empty one
+    rule = ElementRule(causal_offset=150)
+    q, k, v = qkv(1, 1, 1, N, M, 64)
+    for r in (None, rule):
+        layout = BlockLayout.from_bool(keep, block_q=64, block_k=32, q_len=N, kv_len=M, rule=r)
+        check(q, k, v, layout, close, close_lse)
+
+
+def test_pairs_sort_the_lists_apart(pairs_always):
+    keep = torch.rand(2, 2, 7, 9, generator=torch.Generator().manual_seed(5)) < 0.6
+    keep[0, 0, 2:4] = keep[0, 0, 5] = keep[1, 1, 6] = True
+    layout = BlockLayout.from_bool(keep, block_q=64, block_k=16, q_len=440, kv_len=140, kv_lens=torch.tensor([140, 70]))
+    pairs = triton_pairs.pairs_of(layout)
+    for part in pairs:
+        part.validate()
+    shared = pairs.shared.to_bool().repeat_interleave(2, 2)[:, :, :7]
+    own, whole = pairs.own.to_bool(), layout.to_bool()
+    assert not bool((shared & own).any())
+    assert torch.equal(shared | own, whole)
+    other = torch.nn.functional.pad(whole, (0, 0, 0, 1)).unflatten(2, (4, 2)).flip(3).flatten(2, 3)[:, :, :7]
+    both = whole & other
+    beside = layout.kv_num == layout.valid_blocks
+    beside = torch.nn.functional.pad(beside, (0, 1)).unflatten(2, (4, 2)).sum(-1).repeat_interleave(2, 2)[:, :, :7] == 1
+    assert torch.equal(shared[~beside], both[~beside])
+
+
+def test_pairs_are_used_where_they_save_reads():
+    def banded(shift):
+        p, j = torch.arange(40).view(-1, 1), torch.arange(40).view(1, -1)
+        keep = (j - p * shift).remainder(40) < 30
+        return BlockLayout.from_bool(keep, block_q=64, block_k=64, q_len=2560, kv_len=2560)
+
+    assert triton_pairs.pairs_of(banded(1)) is not None
+    assert triton_pairs.pairs_of(random_layout((1, 1), 2560, 2560, 64, 64, 0.1)) is None  # short lists, little shared
+    assert triton_pairs.pairs_of(random_layout((1, 1), 2560, 2560, 128, 64, 0.9)) is None
+    assert triton_pairs.pairs_of(random_layout((1, 1), 64, 2560, 64, 64, 0.9)) is None
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_dropped_keys_stay_out_of_pairs(qkv, pairs_always, monkeypatch, paired):
+    """A block that one row of a pair keeps must not reach the other, which drops it."""
+    if not paired:
+        monkeypatch.setattr(triton_pairs, "PAIR_OVERLAP", 2.0)
+    q, k, v = qkv(1, 1, 1, 128, 192, 64)
+    keep = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)
+    layout = BlockLayout.from_bool(keep, block_q=64, block_k=64, q_len=128, kv_len=192)
+    assert (triton_pairs.pairs_of(layout) is not None) == paired
+    v[:, :, 64:] = float("nan")
+    bad = block_sparse_attention(q, k, v, layout).isnan().any(-1)[0, 0]
+    assert bad.tolist() == [True] * 64 + [False] * 64
+
+
 def test_launch_order():
     """Complete rows first, then the heads by falling length, rows ascending."""
     from patchkit.kernels.sparse.triton_launch import work_order
@@ -211,8 +294,10 @@ def test_other_blocks_and_dtypes_run_blocked(qkv, close):
     cpu = torch.device("cpu")
     assert "block_q is 48" in triton_obstacle(odd, 64, torch.float32, cpu)
     assert "float64" in triton_obstacle(fine, 64, torch.float64, cpu)
-    assert "D is 129" in triton_obstacle(fine, 129, torch.float32, cpu)
+    assert "D is 129" in triton_obstacle(fine, 129, torch.float16, cpu)
     assert triton_obstacle(fine, 128, torch.float16, cpu) is None
+    triton_table.LARGEST_D[4] = 64
+    assert "in torch.float32" in triton_obstacle(fine, 80, torch.float32, cpu)
 
 
 def test_a_call_reads_no_tensor_on_the_host(qkv, monkeypatch):
