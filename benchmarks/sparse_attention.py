@@ -80,7 +80,9 @@ def points(args: argparse.Namespace) -> Iterator[tuple[Shape, str, list[Point]]]
         if args.smoke:
             shape = shape.smaller(**SMOKE)
         elif args.heads:
-            shape = dataclasses.replace(shape, heads=args.heads, kv_heads=min(shape.shared_heads, args.heads))
+            group = shape.heads // shape.shared_heads
+            kv_heads = args.heads // group if args.heads % group == 0 else 1
+            shape = dataclasses.replace(shape, heads=args.heads, kv_heads=kv_heads)
         for dtype in args.dtype:
             found = [Point(shape, dtype, p, b, d) for p in args.pattern for b in args.block for d in args.density]
             yield shape, dtype, found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -59,6 +60,9 @@ class Bench:
         )
         self._calls = dense_calls(self.q, self.k, self.v, shape.causal)
         self.dense, self.missing = self._dense()
+        if flex:
+            # Each shape is compiled anew, and past eight forms of a function torch stops compiling it.
+            torch._dynamo.reset()
         self._searches: dict[int, tuple[Timing, int]] = {}
 
     @property
@@ -176,10 +180,19 @@ class Bench:
             "mass_bytes": mass_bytes,
             "layout_ms": _short(building.ms),
             "search_over_dense": round((mass.ms + building.ms) / dense, 3),
+            "prepare_ms": _short(max(0.0, self._first(layout) - sparse.ms)),
         }
         if "flex" in times:
             row |= {"flex_ms": _short(times["flex"].ms), "flex_retention": round(density * dense / times["flex"].ms, 3)}
         return row | ({"flex": reason} if reason else {})
+
+    def _first(self, layout: BlockLayout) -> float:
+        """Milliseconds of the first call with a layout, which derives launch orders and schedules from it."""
+
+        def call() -> Tensor:
+            return block_sparse_attention(self.q, self.k, self.v, _copy(layout), validate=False)
+
+        return time_calls({"first": call}, self.device, self.seconds / 4)["first"].ms
 
     def _flex(self, layout: BlockLayout) -> tuple[Call | None, str | None]:
         """FlexAttention on the same blocks, or why it takes no part."""
@@ -189,6 +202,11 @@ class Bench:
             return None, f"not here: {problem}"[:160]
         reason = attempt(call, functools.partial(self._error, layout=layout), self.limit)
         return (call, None) if reason is None else (None, reason)
+
+
+def _copy(layout: BlockLayout) -> BlockLayout:
+    """The same layout with nothing derived from it yet; layouts are told apart by their counts."""
+    return dataclasses.replace(layout, kv_num=layout.kv_num.clone())
 
 
 def _facts(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:

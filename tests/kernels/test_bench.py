@@ -88,11 +88,12 @@ def test_a_row_says_everything():
     assert row["search_over_dense"] == pytest.approx((row["mass_ms"] + row["layout_ms"]) / row["dense_ms"], rel=0.02)
     assert row["calls"] == 3
     assert row["mass_bytes"] == 4 * 2 * 11 * 11
+    assert row["prepare_ms"] >= 0
 
 
 def test_a_wrong_operator_does_not_pass(monkeypatch):
     bench = Bench(SMALL, torch.float32, "cpu", seconds=0.0)
-    monkeypatch.setattr(measuring, "block_sparse_attention", lambda q, k, v, layout: torch.zeros_like(q))
+    monkeypatch.setattr(measuring, "block_sparse_attention", lambda q, k, v, layout, **options: torch.zeros_like(q))
     assert not bench.row(block=32, density=0.3)["passed"]
 
 

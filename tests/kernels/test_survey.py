@@ -15,6 +15,7 @@ OPERATORS = {
     "block_sparse_attention, backward",
     "block_mass",
     "merge_states",
+    "row_topk",
 }
 
 
