@@ -13,7 +13,7 @@ from ..dense import dense_attention
 from ..errors import value_error
 from ..layout import BlockLayout
 from ..mass import block_mass
-from ..sparse import block_sparse_attention, choose_path
+from ..sparse import Path, block_sparse_attention, choose_path
 from .accuracy import TOLERANCE, sampled_error
 from .patterns import density_of, layout_of, masses
 from .rivals import attempt, dense_calls, flex_call
@@ -141,7 +141,7 @@ class Bench:
             "layout_bytes": layout.nbytes(),
             "peak_bytes": peak,
         }
-        return row | self._times(layout, building["layout"], self.search(block))
+        return row | self._times(layout, path, building["layout"], self.search(block))
 
     def _once(self, layout: BlockLayout) -> tuple[Tensor, int | None]:
         """One sparse call, and the memory it takes beyond its inputs (a GPU only)."""
@@ -154,13 +154,16 @@ class Bench:
         torch.cuda.synchronize(self.device)
         return out, torch.cuda.max_memory_allocated(self.device) - before
 
-    def _times(self, layout: BlockLayout, building: Timing, searched: tuple[Timing, int]) -> dict[str, Any]:
+    def _times(self, layout: BlockLayout, path: Path, building: Timing, searched: tuple[Timing, int]) -> dict[str, Any]:
         """Sparse, the best dense kernel again and FlexAttention, taking turns: what a clock does hits all of them."""
         flex, reason = self._flex(layout) if self.flex else (None, None)
         work: dict[str, Call] = {
             "sparse": lambda: block_sparse_attention(self.q, self.k, self.v, layout),
             "dense": self._calls[self.best],
         } | ({} if flex is None else {"flex": flex})
+        single = _single(layout) if path.name == "triton" else None
+        if single is not None:
+            work["single"] = lambda: block_sparse_attention(self.q, self.k, self.v, single)
         times = time_calls(work, self.device, self.seconds)
         sparse, dense, density = times["sparse"], times["dense"].ms, density_of(self.shape, layout)
         (mass, mass_bytes), shape = searched, self.shape
@@ -182,6 +185,10 @@ class Bench:
             "search_over_dense": round((mass.ms + building.ms) / dense, 3),
             "prepare_ms": _short(max(0.0, self._first(layout) - sparse.ms)),
         }
+        if path.name == "triton":
+            row["form"] = "single" if single is None else "pair"
+        if "single" in times:
+            row["single_ms"] = _short(times["single"].ms)
         if "flex" in times:
             row |= {"flex_ms": _short(times["flex"].ms), "flex_retention": round(density * dense / times["flex"].ms, 3)}
         return row | ({"flex": reason} if reason else {})
@@ -207,6 +214,17 @@ class Bench:
 def _copy(layout: BlockLayout) -> BlockLayout:
     """The same layout with nothing derived from it yet; layouts are told apart by their counts."""
     return dataclasses.replace(layout, kv_num=layout.kv_num.clone())
+
+
+def _single(layout: BlockLayout) -> BlockLayout | None:
+    """The layout kept from running as pairs of rows; None where it does not run so anyway."""
+    from ..sparse.triton_pairs import pairs_of
+
+    if pairs_of(layout) is None:
+        return None
+    single = _copy(layout)
+    single.derived("triton.pairs", lambda: None)
+    return single
 
 
 def _facts(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:

@@ -89,6 +89,19 @@ def test_a_row_says_everything():
     assert row["calls"] == 3
     assert row["mass_bytes"] == 4 * 2 * 11 * 11
     assert row["prepare_ms"] >= 0
+    assert "form" not in row
+
+
+def test_pairs_of_rows_are_measured_beside_single_ones(monkeypatch):
+    """Which form runs is decided from the layout alone, so a CPU can tell; its calls are the blocked path's."""
+    chosen = measuring.choose_path
+    monkeypatch.setattr(measuring, "choose_path", lambda *a: chosen(*a)._replace(name="triton"))
+    long = Shape("long", tokens=64 * 64, heads=1, head_dim=16)
+    bench = Bench(long, torch.float32, "cpu", seconds=0.0)
+    half, few = bench.row(density=0.9), bench.row(density=0.05)
+    assert (half["form"], few["form"]) == ("pair", "single")
+    assert half["single_ms"] > 0
+    assert "single_ms" not in few
 
 
 def test_a_wrong_operator_does_not_pass(monkeypatch):
