@@ -2,8 +2,9 @@
 
     from patchkit.kernels import BlockLayout, block_sparse_attention, block_mass, merge_states, dense_attention
 
-One folder per operator: ``reference.py`` is the formula, ``blocked.py`` the fast plain-torch path, ``__init__.py`` the
-public operator, which picks the implementation. Depends on torch only.
+One folder per operator: ``reference.py`` is the formula, ``blocked.py`` the fast plain-torch path, ``triton*.py`` the
+GPU kernels, ``__init__.py`` the public operator, which picks the implementation. Depends on torch only; triton is
+imported when a GPU call needs it.
 """
 
 from .dense import dense_attention
