@@ -13,8 +13,11 @@ from torch import Tensor
 from ..gpu import launching
 from ..layout import BlockLayout
 from ..layout.transpose import Transposed, transposed
-from .triton_backward import dkv_kernel, dq_kernel, rows_kernel
-from .triton_backward_table import constants_of, padded, tiles_of
+from .triton_backward import rows_kernel
+from .triton_backward_kv import dkv_kernel
+from .triton_backward_q import dq_kernel
+from .triton_backward_table import constants_of, tiles_of
+from .triton_table import padded
 
 ROWS = 32
 # A list this many times as long as the mean starts before all others.
