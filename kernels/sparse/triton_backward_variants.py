@@ -40,20 +40,21 @@ def variants() -> list[Variant]:
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     found = []
     for make in (_dq, _dkv):
-        found += [make(D, dtype, 64, 64) for D in (64, 128) for dtype in (half, brain)]
         found += [
+            make(64, brain, 64, 64),
+            make(128, half, 64, 64),
+            make(128, brain, 64, 64),
             make(128, brain, 128, 128, LENGTHS=True),
             make(80, brain, 64, 64),
             make(64, half, 16, 16),
             make(64, single, 64, 64),
-            make(128, single, 64, 64),
             make(128, brain, 64, 64, PARTIAL=True, CAUSAL=True),
             make(128, half, 128, 64, PARTIAL=True, SEGMENTS=True, LENGTHS=True),
             make(128, brain, 64, 64, PARTIAL=True, CAUSAL=True, SEGMENTS=True, BITS=True, LENGTHS=True),
             make(64, brain, 64, 64, PARTIAL=True, BITS=True),
         ]
-    found += [_dkv(128, brain, 64, 64, EVEN=True), _dkv(64, brain, 64, 64, NEED_K=False)]
-    return [*found, *(_rows(D, dtype) for D in (64, 128) for dtype in (half, brain))]
+    found += [_dq(128, single, 64, 64), _dkv(128, brain, 64, 64, EVEN=True), _dkv(64, brain, 64, 64, NEED_K=False)]
+    return [*found, _rows(64, half), _rows(128, brain)]
 
 
 def _dq(D: int, dtype: torch.dtype, block_q: int, block_k: int, **flags: bool) -> Variant:
