@@ -53,23 +53,37 @@ def local_mass(heads: int, n: int, generator: torch.Generator) -> Tensor:
 
 
 def error_of(out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> float:
-    """Relative RMS error of the last four query blocks of head 0 (the reference is slow)."""
-    rows = min(4, layout.n_q) * layout.block_q
-    keep = layout.to_bool()[:, :1, -rows // layout.block_q :]
+    """Relative RMS error of the last four query blocks of head 0 in each sample (the reference is slow)."""
+    blocks = min(4, layout.n_q)
+    rows = layout.q_len - (layout.n_q - blocks) * layout.block_q
+    keep = layout.to_bool()[:, :1, -blocks:]
     part = BlockLayout.from_bool(keep, block_q=layout.block_q, block_k=layout.block_k, q_len=rows, kv_len=layout.kv_len)
     expected, _ = block_sparse_reference(*(x.float() for x in (q[:, :1, -rows:], k[:, :1], v[:, :1])), part)
     got = out[:, :1, -rows:].double()
     return float((got - expected.double()).norm() / expected.double().norm())
 
 
+def make_layout(args: argparse.Namespace, N: int, density: float, g: torch.Generator) -> BlockLayout:
+    """Kept blocks of every sample and head; pattern "text" is what AdaSpa keeps of a short video."""
+    n = -(-N // args.block)
+    sizes = {"block_q": args.block, "block_k": args.block, "q_len": N, "kv_len": N}
+    if args.pattern == "local":
+        return BlockLayout.from_topk(local_mass(args.heads, n, g), max(1, round(density * n)), **sizes)
+    masses = torch.rand(args.batch, args.heads, n, n, generator=g)
+    if args.pattern == "random":
+        return BlockLayout.from_topk(masses, max(1, round(density * n)), **sizes)
+    # The first block is text: seen by all, sees all. Heads keep half, one and one and a half times the density.
+    text = torch.zeros(n, n, dtype=torch.bool)
+    text[0], text[:, 0] = True, True
+    share = torch.tensor([0.5, 1.0, 1.5])[torch.arange(args.heads) % 3] * density
+    return BlockLayout.from_topk(masses, (share * (n - 1)).round().clamp(1, n - 1).long()[None], text, **sizes)
+
+
 def measure(args: argparse.Namespace, dtype: str, D: int, N: int) -> list[dict[str, Any]]:
     g = torch.Generator().manual_seed(args.seed)
-    q, k, v = (torch.randn(1, args.heads, N, D, generator=g).to(DTYPES[dtype]) for _ in range(3))
+    q, k, v = (torch.randn(args.batch, args.heads, N, D, generator=g).to(DTYPES[dtype]) for _ in range(3))
     _, lse = dense_attention(q, k, v, return_lse=True)
-    n = -(-N // args.block)
-    masses = torch.rand(1, args.heads, n, n, generator=g) if args.pattern == "random" else local_mass(args.heads, n, g)
-    sizes = {"block_q": args.block, "block_k": args.block, "q_len": N, "kv_len": N}
-    layouts = {d: BlockLayout.from_topk(masses, max(1, round(d * n)), **sizes) for d in args.density}
+    layouts = {d: make_layout(args, N, d, g) for d in args.density}
     work: dict[str, Callable[[], Any]] = {
         "dense": lambda: F.scaled_dot_product_attention(q, k, v),
         "mass": lambda: block_mass(q, k, lse, args.block, args.block),
@@ -86,7 +100,7 @@ def measure(args: argparse.Namespace, dtype: str, D: int, N: int) -> list[dict[s
                 **conditions(),
                 "load_before": args.load,
                 "load_after": os.getloadavg()[0],
-                "B": 1,
+                "B": args.batch,
                 "H": args.heads,
                 "N": N,
                 "D": D,
@@ -121,9 +135,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="append JSON lines here; without it rows are only printed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--block", type=int, default=64)
-    parser.add_argument("--pattern", choices=["random", "local"], default="random", help="random is the hardest case")
+    parser.add_argument(
+        "--pattern", choices=["random", "local", "text"], default="random", help="random is the hardest case"
+    )
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096, 8192, 16384])

@@ -4,79 +4,46 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
 class Slot(NamedTuple):
-    """Views of the buffers for c rows of m blocks: where to gather to, and what to attend over."""
+    """Views of the buffers for c tiles of m blocks: where to gather to, and what to multiply (``tokens`` keys each)."""
 
     raw_k: Tensor
     raw_v: Tensor
     k: Tensor
+    k_t: Tensor
     v: Tensor
+    logits: Tensor
 
 
 class Gather:
-    """Copies listed blocks of k and v (kv, D) next to each other.
+    """Buffers for the gathered blocks of a chunk and its logits.
 
-    The buffers are allocated once per call (a fresh allocation of this size per chunk costs page faults) and their
-    views once per chunk shape: with tiles of a millisecond, each avoided Python-level call counts.
+    They are allocated once per thread and call (a fresh allocation of this size per chunk costs page faults) and their
+    views once per chunk shape: with chunks of a millisecond, each avoided Python-level call counts.
 
     Args:
-        capacity: largest number of tokens gathered at once.
+        capacity: largest number of blocks gathered at once.
         like: a tensor with the head size, dtype and device of k and v.
-        block: tokens per block.
-        widen: gather into fp32 whatever the dtype of k and v.
+        block_q: rows per tile.
+        block_k: keys per block.
     """
 
-    def __init__(self, capacity: int, like: Tensor, block: int, widen: bool) -> None:
-        self.dim, self.block, self.widen = like.shape[-1], block, widen
-        self.dtype = torch.float32 if widen else like.dtype
-        new = like.new_empty
-        self.buffers = [new(capacity, self.dim, dtype=self.dtype) for _ in range(2)]
-        self.staging = new(capacity, self.dim) if widen else None
-        self.token = torch.arange(block, device=like.device)
-        self.slots: dict[tuple[int, int, bool], Slot] = {}
-        self.sources: tuple[Tensor, Tensor] | None = None
-        self.whole = False
+    def __init__(self, capacity: int, like: Tensor, block_q: int, block_k: int) -> None:
+        self.block_q, self.block_k = block_q, block_k
+        dim = like.shape[-1]
+        self.k, self.v = (like.new_empty(capacity, block_k, dim) for _ in range(2))
+        self.logits = like.new_empty(capacity * block_k * block_q)
+        self.slots: dict[tuple[int, int, int], Slot] = {}
 
-    def bind(self, k: Tensor, v: Tensor) -> None:
-        """Gather from these k and v (kv, D) from now on."""
-        # Complete blocks of a contiguous tensor are one memcpy each. For the heads of a (B, N, H, D) tensor, token by
-        # token is faster than blocks of strided rows.
-        self.whole = k.is_contiguous() and v.is_contiguous()
-        if self.whole:
-            n = k.shape[0] // self.block
-            k, v = (x[: n * self.block].view(n, self.block, self.dim) for x in (k, v))
-        self.sources = (k, v)
-
-    def slot(self, c: int, m: int) -> Slot:
-        """Buffer views for c rows of m blocks."""
-        key = (c, m, self.whole)
+    def slot(self, c: int, m: int, tokens: int) -> Slot:
+        """Buffer views for c tiles of m blocks that hold ``tokens`` keys."""
+        key = (c, m, tokens)
         if key not in self.slots:
-            n = c * m * self.block
-            k, v = (x[:n] for x in self.buffers)
-            raw = (k, v) if self.staging is None else (self.staging[:n], self.staging[:n])
-            if self.whole:
-                raw = (raw[0].view(-1, self.block, self.dim), raw[1].view(-1, self.block, self.dim))
-            shape = (c, m * self.block, self.dim)
-            self.slots[key] = Slot(*raw, k.view(shape), v.view(shape))
+            raw_k, raw_v = self.k[: c * m], self.v[: c * m]
+            k, v = (x.view(c, m * self.block_k, -1)[:, :tokens] for x in (raw_k, raw_v))
+            logits = self.logits[: c * self.block_q * tokens].view(c, self.block_q, tokens)
+            self.slots[key] = Slot(raw_k, raw_v, k, k.transpose(1, 2), v, logits)
         return self.slots[key]
-
-    def index(self, blocks: Tensor) -> Tensor:
-        """What to select for the listed blocks (c, m) of the bound tensors: flat block or token numbers."""
-        if self.whole:
-            return blocks.reshape(-1)
-        return (blocks.unsqueeze(-1) * self.block + self.token).reshape(-1)
-
-    def fill(self, slot: Slot, index: Tensor) -> None:
-        """Fill ``slot.k`` and ``slot.v``; they are valid until the next call."""
-        assert self.sources is not None
-        k, v = self.sources
-        torch.index_select(k, 0, index, out=slot.raw_k)
-        if self.widen:
-            slot.k.view(slot.raw_k.shape).copy_(slot.raw_k)
-        torch.index_select(v, 0, index, out=slot.raw_v)
-        if self.widen:
-            slot.v.view(slot.raw_v.shape).copy_(slot.raw_v)

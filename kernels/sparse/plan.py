@@ -10,12 +10,11 @@ from .. import gpu
 from ..layout import BlockLayout
 from .triton_table import LARGEST_D, tile_of
 
-# Measured on a CPU with AVX2 against torch's flash kernel (benchmarks/block_sparse_cpu.py): a kept block costs about
-# 1 / 0.75 of a block of a dense call. From 2,048 tokens every measured setting gains; at 1,108 tokens with D = 32
-# (benchmarks/adaspa_video.py) a call at density 0.25 or more took longer than the dense one.
+# Measured on a CPU with AVX2, two threads, against torch's flash kernel: (pairs of tokens, density up to which a call
+# gains). Every measured call at density 0.2 and less gained from 1,108 tokens on; at 0.5 most did, but on a loaded
+# machine a few took up to 1.13 times as long as dense, so nothing is claimed there.
 # A dense call under an expanded mask is no alternative: it took 1.6 to 2.9 times as long as without a mask.
-PAYS_BELOW_DENSITY = 0.75
-PAYS_FROM_PAIRS = 2048 * 2048
+PAYS_BELOW_DENSITY = ((1024 * 1024, 0.4),)
 
 # The Triton kernel: unmeasured. The dense kernels it competes with are hand-tuned for each GPU generation; a Triton
 # one is taken to reach 0.65 of their rate with 128 query rows a tile, 0.5 with 64 (each tile of keys is then read
@@ -54,8 +53,12 @@ def choose_path(
     name = "blocked" if missing else "triton"
     if missing and device.type != "cpu":
         what += f" (no Triton: {missing})"
-    below = PAYS_BELOW_DENSITY if missing else retention(layout, D, dtype)
-    if layout.q_len * layout.kv_len < (PAYS_FROM_PAIRS if missing else GPU_PAYS_FROM_PAIRS):
+    pairs = layout.q_len * layout.kv_len
+    if missing:
+        below = next((share for least, share in PAYS_BELOW_DENSITY if pairs >= least), 0.0)
+    else:
+        below = retention(layout, D, dtype) if pairs >= GPU_PAYS_FROM_PAIRS else 0.0
+    if not below:
         return Path(name, f"{what}: too short to gain over dense", False)
     if density > below:
         return Path(name, f"{what}: too dense to gain over dense", False)

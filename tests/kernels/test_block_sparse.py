@@ -18,6 +18,7 @@ from patchkit.kernels import (
     dense_attention,
     merge_states,
 )
+from patchkit.kernels.sparse import operands, tiles
 from patchkit.kernels.sparse.blocked import block_sparse_blocked
 from patchkit.kernels.sparse.reference import block_sparse_reference
 
@@ -223,6 +224,66 @@ def test_any_logit_size(qkv, close, magnitude):
     layout = random_layout((1, 1), 200, 300, 64, 64, 0.6)
     expected, _ = block_sparse_reference(q * magnitude, k, v, layout)
     close(block_sparse_attention(q * magnitude, k, v, layout), expected, 2e-5)
+
+
+@pytest.mark.parametrize("offset", [-300.0, 300.0])
+def test_logits_far_from_zero(qkv, close, close_lse, offset):
+    """Sums that leave the range of fp32 are found and computed again, tile by tile; the others stay as they were."""
+    q, k, v = qkv(1, 2, 2, 200, 300, 64)
+    layout = random_layout((1, 2), 200, 300, 64, 64, 0.6)
+    calm = block_sparse_attention(q, k, v, layout)
+    k[..., 0] = 8.0
+    q[:, 1, 64:, 0] = offset
+    expected, lse_expected = block_sparse_reference(q, k, v, layout)
+    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+    close(out, expected, 2e-4)  # what rounding of a logit of 300 leaves
+    assert torch.allclose(lse, lse_expected, rtol=1e-5, atol=1e-4)
+    assert not torch.equal(calm, out)
+
+
+def test_values_near_the_largest_number(qkv):
+    q, k, v = qkv(1, 1, 1, 128, 256, 64)
+    layout = random_layout((1, 1), 128, 256, 64, 64, 0.6)
+    q, v = q * 3, v.clamp(-1, 1) * 1e37
+    expected, _ = block_sparse_reference(q, k, v.double(), layout)
+    out = block_sparse_attention(q, k, v, layout)
+    assert float((out.double() - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hardware_that_multiplies_low_precision(qkv, close, monkeypatch, dtype):
+    monkeypatch.setattr(operands, "native_low_precision", lambda: True)
+    q, k, v = qkv(2, 4, 2, 200, 333, 64, dtype)
+    layout = random_layout((2, 4), 200, 333, 64, 64, rule=ElementRule(causal_offset=200))
+    expected, _ = block_sparse_reference(q.float(), k.float(), v.float(), layout)
+    close(block_sparse_attention(q, k, v, layout), expected)
+
+
+def test_plan_is_made_once_per_layout(qkv, monkeypatch):
+    made = []
+    plan = tiles._plan
+    monkeypatch.setattr(tiles, "_plan", lambda *a: made.append(1) or plan(*a))
+    q, k, v = qkv(2, 2, 1, 200, 300, 64)
+    layout = random_layout((2, 2), 200, 300, 64, 64, 0.6)
+    first = block_sparse_attention(q, k, v, layout)
+    assert torch.equal(block_sparse_attention(q, k, v, layout), first)
+    assert len(made) == 1
+    block_sparse_attention(q.repeat(1, 1, 1, 2), k.repeat(1, 1, 1, 2), v.repeat(1, 1, 1, 2), layout)
+    assert len(made) == 1
+    block_sparse_attention(q, k, v, random_layout((2, 2), 200, 300, 64, 64, 0.6, seed=2))
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("budget", [1, 250_000, 2**30])
+def test_spans_change_nothing(qkv, monkeypatch, budget):
+    """Heads computed a few at a time give the same bits."""
+    q, k, v = qkv(3, 4, 2, 200, 300, 64)
+    layout = random_layout((3, 4), 200, 300, 64, 64, 0.6)
+    expected = block_sparse_attention(q, k, v, layout)
+    spans = operands.spans_of(q, k, budget)
+    assert len(spans) == {1: 6, 250_000: 6, 2**30: 1}[budget]
+    monkeypatch.setattr("patchkit.kernels.sparse.blocked.spans_of", lambda q, k: spans)
+    assert torch.equal(block_sparse_attention(q, k, v, layout), expected)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
