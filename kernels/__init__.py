@@ -7,14 +7,17 @@ GPU kernels, ``__init__.py`` the public operator, which picks the implementation
 imported when a GPU call needs it.
 """
 
-from .dense import dense_attention
-from .errors import GradientError, KernelTypeError, KernelValueError, LayoutError
-from .layout import BlockLayout, ElementRule
-from .mass import block_mass
-from .merge import merge_states
-from .sparse import Path, block_sparse_attention, choose_path
-from .survey import Finding, paths, survey
-from .topk import row_topk
+# In a script that is started in the checkout, ``kernels`` is this folder, and transformers imports that name to see
+# which version of the Hugging Face library it is. A second copy of the operators would replace the registered ones.
+if __name__ == "patchkit.kernels":
+    from .dense import dense_attention
+    from .errors import GradientError, KernelTypeError, KernelValueError, LayoutError
+    from .layout import BlockLayout, ElementRule
+    from .mass import block_mass
+    from .merge import merge_states
+    from .sparse import Path, block_sparse_attention, choose_path
+    from .survey import Finding, paths, survey
+    from .topk import row_topk
 
 __all__ = [
     "BlockLayout",
