@@ -38,7 +38,7 @@ def tiles_of(d_pad: int, dtype: torch.dtype, block_q: int, block_k: int) -> tupl
 
 
 def constants_of(layout: BlockLayout, D: int, dtype: torch.dtype, device: str, tile: Tile) -> dict[str, Any]:
-    """Compile-time arguments that the dq and the dk/dv kernel share: those of the forward but for one."""
-    found = triton_table.constants_of(layout, D, dtype, device, tile)
-    del found["BP"]
+    """Compile-time arguments that the dq and the dk/dv kernel share: those of the forward but for two."""
+    found = triton_table.constants_of(layout, D, dtype, device, tile, resume=False)
+    del found["BP"], found["RESUME"]
     return found
