@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_the_table_is_the_registrys() -> None:
@@ -52,6 +52,14 @@ def test_the_recipe_in_one_file_works() -> None:
     finally:
         registry._recipes.pop("sharper", None)
         del sys.modules["readme"]
+
+
+def test_the_kernels_example_runs() -> None:
+    (text,) = blocks("python", (ROOT / "docs/kernels.md").read_text())
+    names: dict[str, object] = {}
+    exec(compile(text, "kernels.md", "exec"), names)
+    assert isinstance(names["sparse"], torch.Tensor)
+    assert names["sparse"].isfinite().all()
 
 
 def test_links_lead_somewhere() -> None:
