@@ -2,9 +2,9 @@
 
     from patchkit.kernels import BlockLayout, block_sparse_attention, block_mass, merge_states, dense_attention
 
-One folder per operator: ``reference.py`` is the formula, ``blocked.py`` the fast plain-torch path, ``triton*.py`` the
-GPU kernels, ``__init__.py`` the public operator, which picks the implementation. Depends on torch only; triton is
-imported when a GPU call needs it.
+One folder per operator: ``reference.py`` is the formula, ``blocked`` the fast plain-torch path, ``triton`` the GPU
+kernels, each one file or a folder of them; ``__init__.py`` the public operator, which picks the implementation. Depends
+on torch only; triton is imported when a GPU call needs it.
 """
 
 # In a script that is started in the checkout, ``kernels`` is this folder, and transformers imports that name to see

@@ -184,7 +184,7 @@ def _sparse_path(device: torch.device) -> tuple[str, str]:
 
 
 def _backward_path(device: torch.device) -> tuple[str, str]:
-    return _path_of("sparse.triton_backward_launch")(device)
+    return _path_of("sparse.triton.backward_launch")(device)
 
 
 def _path_of(module: str) -> Callable[[torch.device], tuple[str, str]]:

@@ -218,7 +218,7 @@ def _copy(layout: BlockLayout) -> BlockLayout:
 
 def _single(layout: BlockLayout) -> BlockLayout | None:
     """The layout kept from running as pairs of rows; None where it does not run so anyway."""
-    from ..sparse.triton_pairs import pairs_of
+    from ..sparse.triton.pairs import pairs_of
 
     if pairs_of(layout) is None:
         return None

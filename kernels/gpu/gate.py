@@ -38,7 +38,7 @@ def kernel_modules(root: str = ROOT) -> list[str]:
     """Names of the modules below ``root`` that can have variants; imports packages, but none of these modules."""
     package = importlib.import_module(root)
     found = pkgutil.walk_packages(package.__path__, f"{root}.")
-    return sorted(m.name for m in found if "triton" in m.name.rpartition(".")[2])
+    return sorted(m.name for m in found if "triton" in m.name.removeprefix(root))
 
 
 def variants_of(module: str) -> list[Variant]:

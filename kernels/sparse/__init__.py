@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import layout_error, type_error, value_error
 from ..layout import BlockLayout
 from ..layout.recall import recall, remember
-from .blocked import block_sparse_blocked
+from .blocked.forward import block_sparse_blocked
 from .complete import complete_attention
 from .gradients import register
 from .plan import Path, choose_path, keeps_everything, triton_obstacle
@@ -60,7 +60,7 @@ def _block_sparse(
         if keeps_everything(layout):
             out, lse = complete_attention(q, k, v, layout, scale)
         elif triton_obstacle(layout, q.shape[-1], q.dtype, q.device) is None:
-            from .triton_launch import block_sparse_triton
+            from .triton.launch import block_sparse_triton
 
             out, lse = block_sparse_triton(q, k, v, layout, scale, num_splits)
         else:

@@ -11,7 +11,7 @@ from ..dense.library import cpu_flash_backward
 from ..errors import GradientError
 from ..layout import BlockLayout
 from ..layout.recall import recall
-from .backward_blocked import block_sparse_backward_blocked
+from .blocked.backward import block_sparse_backward_blocked
 from .plan import keeps_everything, triton_obstacle
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -102,7 +102,7 @@ def block_sparse_backward(
         dk, dv = (torch.nn.functional.pad(x, (0, 0, 0, layout.kv_len - n)) for x in found)
         return tuple(x if need else None for x, need in zip((dq, dk, dv), needs, strict=True))  # type: ignore[return-value]
     if triton_obstacle(layout, q.shape[-1], q.dtype, q.device) is None:
-        from .triton_backward_launch import block_sparse_backward_triton
+        from .triton.backward_launch import block_sparse_backward_triton
 
         return block_sparse_backward_triton(q, k, v, out, lse, dout, dlse, layout, scale, needs)
     return block_sparse_backward_blocked(q, k, v, out, lse, dout, dlse, layout, scale, needs)

@@ -8,7 +8,7 @@ import torch
 
 from .. import gpu
 from ..layout import BlockLayout
-from .triton_table import LARGEST_D, tile_of
+from .triton.table import LARGEST_D, tile_of
 
 # Measured on a CPU with AVX2, two threads, against torch's flash kernel: (pairs of tokens, density up to which a call
 # gains). Every measured call at density 0.2 and less gained from 1,108 tokens on; at 0.5 most did, but on a loaded

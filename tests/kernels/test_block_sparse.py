@@ -18,8 +18,8 @@ from patchkit.kernels import (
     dense_attention,
     merge_states,
 )
-from patchkit.kernels.sparse import operands, tiles
-from patchkit.kernels.sparse.blocked import block_sparse_blocked
+from patchkit.kernels.sparse.blocked import operands, tiles
+from patchkit.kernels.sparse.blocked.forward import block_sparse_blocked
 from patchkit.kernels.sparse.reference import block_sparse_reference
 
 
@@ -282,7 +282,7 @@ def test_spans_change_nothing(qkv, monkeypatch, budget):
     expected = block_sparse_attention(q, k, v, layout)
     spans = operands.spans_of(q, k, budget)
     assert len(spans) == {1: 6, 250_000: 6, 2**30: 1}[budget]
-    monkeypatch.setattr("patchkit.kernels.sparse.blocked.spans_of", lambda q, k: spans)
+    monkeypatch.setattr("patchkit.kernels.sparse.blocked.forward.spans_of", lambda q, k: spans)
     assert torch.equal(block_sparse_attention(q, k, v, layout), expected)
 
 

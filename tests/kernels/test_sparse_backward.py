@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from patchkit.kernels import BlockLayout, ElementRule, GradientError, block_sparse_attention, merge_states
-from patchkit.kernels.sparse.backward_blocked import block_sparse_backward_blocked
 from patchkit.kernels.sparse.backward_reference import block_sparse_backward_reference
+from patchkit.kernels.sparse.blocked.backward import block_sparse_backward_blocked
 
 # Gradients round once more than outputs: P and dS from an fp32 LSE.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}

@@ -31,7 +31,7 @@ def nan_buffers(monkeypatch):
 @pytest.fixture
 def on_triton(monkeypatch):
     """CPU tensors take the Triton path, interpreted."""
-    from patchkit.kernels.sparse import triton_table
+    from patchkit.kernels.sparse.triton import table as triton_table
 
     monkeypatch.setattr("patchkit.kernels.gpu.obstacle", lambda device: None)
     # fp32 stands in for the 16-bit types here, so it must go as far as they do.

@@ -22,7 +22,7 @@ def random_layout(shape, N, M, bq, bk, share=0.5, seed=1, **kw):
 
 def backward(*args):
     # Imported late: not before the interpreter is on.
-    from patchkit.kernels.sparse.triton_backward_launch import block_sparse_backward_triton
+    from patchkit.kernels.sparse.triton.backward_launch import block_sparse_backward_triton
 
     return block_sparse_backward_triton(*args)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from patchkit.kernels import BlockLayout, ElementRule, block_sparse_attention, choose_path
-from patchkit.kernels.sparse import triton_pairs, triton_table
 from patchkit.kernels.sparse.reference import block_sparse_reference
+from patchkit.kernels.sparse.triton import pairs as triton_pairs
+from patchkit.kernels.sparse.triton import table as triton_table
 
 pytestmark = pytest.mark.usefixtures("on_triton", "nan_buffers")
 
@@ -270,7 +271,7 @@ def test_dropped_keys_stay_out_of_pairs(qkv, pairs_always, monkeypatch, paired):
 
 def test_launch_order():
     """Complete rows first, then the heads by falling length, rows ascending."""
-    from patchkit.kernels.sparse.triton_launch import work_order
+    from patchkit.kernels.sparse.triton.launch import work_order
 
     keep = torch.zeros(1, 2, 4, 5, dtype=torch.bool)
     keep[0, 0, :, 0] = True
@@ -314,7 +315,7 @@ def test_a_call_reads_no_tensor_on_the_host(qkv, monkeypatch):
     with monkeypatch.context() as m:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "cpu"):
             m.setattr(torch.Tensor, name, refuse)
-        m.setattr("patchkit.kernels.sparse.triton_launch.forward_kernel", Quiet())
+        m.setattr("patchkit.kernels.sparse.triton.launch.forward_kernel", Quiet())
         block_sparse_attention(q, k, v, layout)
         block_sparse_attention(q, k, v, whole)
 

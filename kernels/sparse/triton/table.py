@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..layout import BlockLayout
+from ...layout import BlockLayout
 
 # Bytes per element -> the largest head size. The three TF32 products of fp32 do not fit the registers above 64.
 LARGEST_D = {2: 128, 4: 64}

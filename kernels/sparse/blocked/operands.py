@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..layout import BlockLayout
+from ...layout import BlockLayout
 from .tile import native_low_precision
 from .tiles import Span
 

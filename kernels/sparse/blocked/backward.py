@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import BlockLayout
-from ..threads import for_each
+from ...layout import BlockLayout
+from ...threads import for_each
 from .schedule import Group, groups_of
 
 LOG2E = math.log2(math.e)

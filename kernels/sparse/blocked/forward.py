@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import BlockLayout
-from ..merge import merge_states
-from ..threads import for_each
+from ...layout import BlockLayout
+from ...merge import merge_states
+from ...threads import for_each
 from .gather import Gather, Slot
 from .operands import Operands, spans_of
 from .tile import attend

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..layout import BlockLayout
-from . import triton_table
-from .triton_table import Tile
+from ...layout import BlockLayout
+from . import table
+from .table import Tile
 
 # (padded head size, bytes per element) -> the largest tiles of dq and of dk/dv. Chosen by the compile table, not by
 # time (unmeasured): nothing spills, the main loop loads asynchronously, and it fits the shared memory of an sm120.
@@ -39,6 +39,6 @@ def tiles_of(d_pad: int, dtype: torch.dtype, block_q: int, block_k: int) -> tupl
 
 def constants_of(layout: BlockLayout, D: int, dtype: torch.dtype, device: str, tile: Tile) -> dict[str, Any]:
     """Compile-time arguments that the dq and the dk/dv kernel share: those of the forward but for two."""
-    found = triton_table.constants_of(layout, D, dtype, device, tile, resume=False)
+    found = table.constants_of(layout, D, dtype, device, tile, resume=False)
     del found["BP"], found["RESUME"]
     return found

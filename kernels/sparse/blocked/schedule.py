@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import BlockLayout
+from ...layout import BlockLayout
 
 # A run of consecutive key blocks is read in place. A single short one is not worth a kernel call of its own: it joins
 # the gathered rows of equal length.

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ..gpu import Variant
-from .triton_backward import rows_kernel
-from .triton_backward_kv import dkv_kernel
-from .triton_backward_q import dq_kernel
-from .triton_backward_table import tiles_of
-from .triton_table import padded, precision
+from ...gpu import Variant
+from .backward_kv import dkv_kernel
+from .backward_q import dq_kernel
+from .backward_steps import rows_kernel
+from .backward_table import tiles_of
+from .table import padded, precision
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 FLAGS = ("PARTIAL", "CAUSAL", "SEGMENTS", "BITS", "LENGTHS")

@@ -1,9 +1,9 @@
 """Triton backward of block-sparse attention: per-row constants, and what dq and dk/dv share.
 
-Three launches: this one's rows; dq, along the lists of the forward (``triton_backward_q.py``); dk and dv, along the
-transposed lists, for all query heads that share a KV head (``triton_backward_kv.py``). Each output tile belongs to one
+Three launches: this one's rows; dq, along the lists of the forward (``backward_q.py``); dk and dv, along the
+transposed lists, for all query heads that share a KV head (``backward_kv.py``). Each output tile belongs to one
 program, which adds to it in a fixed order: no atomics, the same bits in every run. The formula is in
-``backward_reference.py``, the host side in ``triton_backward_launch.py``. Shapes in comments: BM query rows, BN keys,
+``backward_reference.py``, the host side in ``backward_launch.py``. Shapes in comments: BM query rows, BN keys,
 D padded head size.
 """
 

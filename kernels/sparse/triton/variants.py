@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..gpu import Variant
-from .triton import forward_kernel, merge_kernel
-from .triton_table import HOPPER, padded, tile_of
+from ...gpu import Variant
+from .forward import forward_kernel, merge_kernel
+from .table import HOPPER, padded, tile_of
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 FLAGS = ("RESUME", "PARTIAL", "CAUSAL", "SEGMENTS", "BITS", "LENGTHS")
@@ -18,7 +18,7 @@ LOOSE = frozenset({*COUNTS, "row_b", "row_h"})
 
 
 def variants() -> list[Variant]:
-    """Head sizes, dtypes, blocks and each structural flag, as :mod:`.triton_launch` launches them."""
+    """Head sizes, dtypes, blocks and each structural flag, as :mod:`.launch` launches them."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     forms: list[tuple[int, torch.dtype, int, int, tuple[str, ...]]] = [
         *((D, dtype, 64, 64, ()) for D in (64, 128) for dtype in (half, brain)),
@@ -62,10 +62,9 @@ def _forward(D: int, dtype: torch.dtype, block_q: int, block_k: int, flags: tupl
     constants |= {name: None for name, flag in absent.items() if not constants[flag]}
     shown = "+".join(name.lower() for name in FLAGS if constants[name] and name != "PARTIAL")
     name = f"sparse.forward D{D} {NAMES[dtype]} {block_q}x{block_k} {shown}".strip()
+    targets: tuple[str, ...] = ("sm80", "sm120") if _own_form(D, dtype) else ("sm80", "sm90", "sm120")
     if major == 9:
         name, targets = f"{name} (Hopper)", ("sm90",)
-    else:
-        targets = ("sm80", "sm120") if _own_form(D, dtype) else ("sm80", "sm90", "sm120")
     return Variant(name, forward_kernel, types, constants, tile.warps, tile.stages, tile.stages > 1, LOOSE, targets)
 
 

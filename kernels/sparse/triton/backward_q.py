@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_backward import allowed, rows_of
+from .backward_steps import allowed, rows_of
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 One program attends one tile of query rows to the key blocks of its list. What needs no element mask runs in a loop
 without one; the ragged last key block and the partial blocks follow in loops of their own. The steps are in
-``triton_steps.py``, the host side (which lists, which tile, which grid) in ``triton_launch.py``.
+``steps.py``, the host side (which lists, which tile, which grid) in ``launch.py``.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_steps import list_range, store_tile, walk_list, walk_partial
+from .steps import list_range, store_tile, walk_list, walk_partial
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import BlockLayout
+from ...layout import BlockLayout
 
 # Tiles of one head that share a run of consecutive key blocks are read in place when there are this many. Fewer are
 # cheaper to gather with the others: torch's kernel is slower on a few rows than the gather costs.

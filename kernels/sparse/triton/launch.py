@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..gpu import launching
-from ..layout import BlockLayout
-from .triton import forward_kernel, merge_kernel
-from .triton_pairs import pairs_of
-from .triton_table import constants_of, major_of, padded, tile_of
+from ...gpu import launching
+from ...layout import BlockLayout
+from .forward import forward_kernel, merge_kernel
+from .pairs import pairs_of
+from .table import constants_of, major_of, padded, tile_of
 
 # A grid of fewer waves than this leaves multiprocessors idle at its end; longer lists are then cut. Unmeasured.
 WAVES = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dense.library import cpu_flash
+from ...dense.library import cpu_flash
 
 
 def native_low_precision() -> bool:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import BlockLayout
-from ..layout.convert import scatter_lists
+from ...layout import BlockLayout
+from ...layout.convert import scatter_lists
 
 PAIR_ROWS = 64
 # Unmeasured; from counting bytes in 16 bits at D = 128. Handing 64 fp32 rows from one launch to the next writes and

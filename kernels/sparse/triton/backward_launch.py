@@ -10,14 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..gpu import launching
-from ..layout import BlockLayout
-from ..layout.transpose import Transposed, transposed
-from .triton_backward import rows_kernel
-from .triton_backward_kv import dkv_kernel
-from .triton_backward_q import dq_kernel
-from .triton_backward_table import constants_of, tiles_of
-from .triton_table import padded
+from ...gpu import launching
+from ...layout import BlockLayout
+from ...layout.transpose import Transposed, transposed
+from .backward_kv import dkv_kernel
+from .backward_q import dq_kernel
+from .backward_steps import rows_kernel
+from .backward_table import constants_of, tiles_of
+from .table import padded
 
 ROWS = 32
 # A list this many times as long as the mean starts before all others.
