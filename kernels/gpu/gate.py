@@ -51,7 +51,7 @@ def variants_of(module: str) -> list[Variant]:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
     make = getattr(importlib.import_module(module), "variants", None)
-    found: list[Variant] = list(make()) if make is not None else []
+    found: list[Variant] = list(make()) if callable(make) else []  # a folder's attribute is its module of that name
     names = [v.name for v in found]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:

@@ -151,7 +151,10 @@ class BlockLayout(Constructors):
     # -- conversions ---------------------------------------------------------------------------------------------
 
     def to(self, device: torch.device | str) -> BlockLayout:
-        """The same layout with its tensors on ``device``."""
+        """The same layout with its tensors on ``device``; itself where they are there already."""
+        wanted = torch.device(device)
+        if wanted.type == self.device.type and wanted.index in (None, self.device.index):
+            return self
         moved: dict[str, Any] = {name: x.to(device) for name, x in self._tensors().items()}
         return self._like(dataclasses.replace(self, **moved))
 
@@ -197,8 +200,12 @@ class BlockLayout(Constructors):
         if not self.__dict__.get("_checked", False):
             check_layout(self)
             self.__dict__["_checked"] = True
-            remember(self)
+        remember(self)  # every time: a copy that shares lists may have been used in between
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: the lists, to be checked again by who uses them, and nothing that was derived."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def assured(self) -> BlockLayout:
         """For lists that are right by construction: :meth:`validate` on a CPU; elsewhere their maker's word is taken.

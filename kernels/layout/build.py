@@ -165,7 +165,7 @@ def from_states(
         causal_offset=rule.causal_offset if rule else None,
         q_seg=rule.q_seg if rule else None,
         kv_seg=rule.kv_seg if rule else None,
-        kv_lens=None if kv_lens is None else kv_lens.to(torch.int32),
+        kv_lens=None if kv_lens is None else kv_lens.to(torch.int32, copy=True),  # the caller may write to theirs
     )
 
 

@@ -22,9 +22,11 @@ _lock = threading.Lock()
 
 
 def remember(layout: BlockLayout) -> None:
-    """Let :func:`recall` find ``layout`` for as long as it lives."""
+    """Let :func:`recall` find ``layout`` for as long as it lives, or until another one with the same lists is used."""
     with _lock:
-        _known[layout.kv_num] = weakref.ref(layout)
+        known = _known.get(layout.kv_num)
+        if known is None or known() is not layout:
+            _known[layout.kv_num] = weakref.ref(layout)
 
 
 def recall(made: BlockLayout) -> BlockLayout:

@@ -60,7 +60,7 @@ def from_topk(
     kv_idx, kv_num = row_topk(scores, k, k_max, valid=valid, forced=forced, width=max(1, width))
     # Lists of complete rows are not read; zeros instead make equal layouts equal tensors.
     kv_idx.masked_fill_((kv_num == valid.view(-1, 1, 1)).unsqueeze(-1), 0)
-    lens = None if kv_lens is None else kv_lens.to(W.device, torch.int32)
+    lens = None if kv_lens is None else kv_lens.to(W.device, torch.int32, copy=True)
     return BlockLayout(block_q, block_k, q_len, kv_len, kv_idx, kv_num, kv_lens=lens).assured()
 
 

@@ -229,6 +229,8 @@ class AdaSpa(Recipe):
     def _masses(self, call: AttentionCall, geometry: Geometry, refresh: bool) -> Iterator[Tensor]:
         """Masses of some heads after others, (B, h, Nq, Nk). With ``refresh`` the LSE is corrected on the way."""
         heads, lse = call.state["heads"], call.state["lse"]
+        if refresh:  # a new tensor: one made in inference mode must not be written outside of it
+            lse = call.state["lse"] = lse.clone()
         q, k = call.q[:, heads], compute.keys(call.k, geometry, call.q.shape[1])[:, heads]
         lengths = compute.lengths_tensor(geometry, q.device)
         padding = None if lengths is None else ~compute.real_queries(geometry, q.device)[:, None]

@@ -29,8 +29,10 @@ def level_of(recall: Tensor, threshold: float) -> Tensor:
     """Which level each head gets from its recall (B, H) at the common density: 0 low, 1 common, 2 high.
 
     Of the heads above ``threshold`` there are n; the n of highest recall give blocks to the n of lowest. n is at most
-    half of the heads (ours: the paper is silent there). Equal recalls: the lower head number counts as higher.
+    half of the heads (ours: the paper is silent there). Equal recalls: the lower head number counts as higher. A head
+    without any mass (its LSE is too old to see some) has no recall and counts as the worst.
     """
+    recall = recall.nan_to_num(nan=-1.0)
     heads = recall.shape[-1]
     n = (recall > threshold).sum(-1, keepdim=True).clamp(max=heads // 2)
     rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -330,3 +330,50 @@ def test_bad_input_is_refused(qkv):
         block_sparse_attention(q, k, v, layout, num_splits=0)
     with pytest.raises(KernelValueError, match="meta"):
         block_sparse_attention(q.to("meta"), k, v, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("native", [False, True])
+def test_low_precision_is_rounded_once(qkv, monkeypatch, dtype, native):
+    """Large logits: the LSE is fp32's, and the output is as near as the rounding of the result allows."""
+    monkeypatch.setattr(operands, "native_low_precision", lambda: native)
+    q, k, v = qkv(1, 2, 2, 128, 256, 64, dtype)
+    q, k = q * 4, k * 3
+    layout = random_layout((1, 2), 128, 256, 64, 64, 0.6)
+    expected, expected_lse = block_sparse_reference(q.double(), k.double(), v.double(), layout)
+    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+    limit = (8 if native else 1) * {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}[dtype]
+    assert float((out.double() - expected).norm() / expected.norm()) < limit
+    assert float((lse.double() - expected_lse).abs().max()) < 1e-4
+
+
+def test_large_half_precision_queries_do_not_overflow(qkv):
+    q, k, v = qkv(1, 1, 1, 128, 256, 64, torch.float16)
+    q, k = (q * 2e4).clamp(-6e4, 6e4), k * 1e-5
+    layout = random_layout((1, 1), 128, 256, 64, 64, 0.6)
+    expected, _ = block_sparse_reference(q.double(), k.double(), v.double(), layout, scale=1.0)
+    out = block_sparse_attention(q, k, v, layout, scale=1.0)
+    assert float((out.double() - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("poisoned", ["k", "v"])
+def test_keys_that_no_row_of_a_partial_block_keeps_are_never_used(qkv, poisoned):
+    ids = torch.zeros(2, 100, dtype=torch.long)
+    ids[:, 50:] = 1
+    keys = ids.clone()
+    keys[0, 90:], keys[1, 20:24] = -1, -1
+    layout = BlockLayout.from_segments(ids, keys, block_q=32, block_k=32)
+    q, k, v = qkv(2, 2, 2, 100, 100, 16)
+    expected, _ = block_sparse_reference(q, k, v, layout)
+    bad = {"k": k, "v": v}[poisoned]
+    for b in range(2):
+        bad[b, :, keys[b] < 0] = float("nan")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = block_sparse_attention(q, k, v, layout)
+    assert torch.allclose(out, expected, atol=1e-6)
+    out.sum().backward()
+    for b in range(2):
+        used = keys[b] >= 0
+        assert k.grad[b][:, used].isfinite().all()
+        assert v.grad[b][:, used].isfinite().all()
+    assert q.grad.isfinite().all()

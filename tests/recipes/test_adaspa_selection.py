@@ -331,3 +331,8 @@ def test_example_asks_for_this_recipe():
     assert isinstance(recipe, AdaSpa)
     assert example.compare
     assert recipe.min_tokens <= 1088  # the zoo's video is this long: it must not run dense
+
+
+def test_a_head_without_mass_is_the_worst_not_the_best():
+    nan = float("nan")
+    assert level_of(torch.tensor([[nan, 0.95, 0.3, 0.4]]), 0.8).tolist() == [[2, 0, 1, 1]]

@@ -190,7 +190,9 @@ class Worker:
             ok &= bits[:, :count, :r].transpose(1, 2).flatten(2)
         # Positions past the end stand for the last valid key, with probability 0: nothing behind it is ever loaded.
         tokens = k_pos.clamp(max=max(0, n - 1))
-        k, v = (t[tokens].to(self.tile.work) for t in (self.k, self.v))
+        # A key that no row of its tile keeps counts as one that is not there, whatever stands in it: 0 * NaN is NaN.
+        unused = ~ok.any(1).unsqueeze(-1)
+        k, v = (t[tokens].to(self.tile.work).masked_fill_(unused, 0) for t in (self.k, self.v))
         for total, found in zip((self.sum_k, self.sum_v), self.tile.step(k, v, ok), strict=True):
             if total is not None and found is not None:
                 past = (k_pos >= n).unsqueeze(-1)

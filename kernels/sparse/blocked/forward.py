@@ -36,8 +36,6 @@ DEVICE_CHUNK_BYTES, DEVICE_TILE_KEYS = 256 * 2**20, 65536
 PIECE_ROWS, PIECES = 4096, 2
 # Sums of powers of two within these limits lost nothing to overflow or underflow that fp32 would have kept.
 LEAST, MOST = 2.0**-64, 2.0**100
-# The scale that remains after q was multiplied by scale * log2(e).
-LN2 = math.log(2)
 
 State = tuple[Tensor, Tensor]
 
@@ -71,7 +69,8 @@ def _attend(
     tensors: Operands, plan: Plan, layout: BlockLayout, splits: int, lens: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Fill ``tensors.out``; return what to divide it by, and what to add to the logarithm of that (tiles, block_q)."""
-    total, base = tensors.q.new_zeros(2, *tensors.q.shape[:2]).unbind(0)
+    exact = torch.promote_types(tensors.dtype, torch.float32)
+    total, base = tensors.q.new_zeros(2, *tensors.q.shape[:2], dtype=exact).unbind(0)
     tensors.out[plan.empty :] = 0
     device = tensors.q.device
     threads = torch.get_num_threads() if device.type == "cpu" else 1
@@ -126,7 +125,7 @@ class Worker:
         state: State | None = None
         for lo, hi in split(work.lo, work.hi, self.splits):
             k, v = (x[work.kv_head, lo:hi].unsqueeze(0) for x in (self.tensors.k, self.tensors.v))
-            o, lse = attend(q.reshape(1, -1, q.shape[-1]), k, v, LN2)
+            o, lse = attend(q.reshape(1, -1, q.shape[-1]), k, v, self.tensors.scale)
             state = join(state, (o.view(q.shape), lse.view(q.shape[:2])))
         if state is not None:
             # Finished: nothing left to divide by, and the base is the LSE.
@@ -187,7 +186,7 @@ class Worker:
         for lo, hi in parts:
             slot, chosen = self._filled(index, lo, hi, tokens)
             torch.index_select(self.blocks[1], 0, chosen, out=slot.raw_v)
-            state = join(state, attend(q, slot.k, slot.v, LN2))
+            state = join(state, attend(q, slot.k, slot.v, self.tensors.scale))
         assert state is not None
         return state
 
@@ -201,7 +200,7 @@ class Worker:
         total, base = self.total.index_select(0, tiles), self.base.index_select(0, tiles)
         out = self.tensors.out.index_select(0, tiles) / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         out, lse = join((out, (total.log() + base).float()), state)
-        self.tensors.out[tiles], self.total[tiles], self.base[tiles] = out.to(q.dtype), 1.0, lse.to(q.dtype)
+        self.tensors.out[tiles], self.total[tiles], self.base[tiles] = out.to(q.dtype), 1.0, lse.to(base.dtype)
 
     def _partial(self, work: Partial, q: Tensor, p: Tensor) -> State:
         """Query blocks ``p`` (c,) with rows q (c, r, D) over their partial key blocks, under the element rule."""
@@ -219,8 +218,11 @@ class Worker:
         tokens = k_pos.clamp(max=max(0, keys - 1)).flatten()
         heads = self.tensors.k[work.kv_head], self.tensors.v[work.kv_head]
         k, v = (x.index_select(0, tokens).unflatten(0, (p.shape[0], -1)) for x in heads)
+        # A key that no row of its tile keeps counts as one that is not there, whatever stands in it: 0 * NaN is NaN.
+        unused = ~ok.any(1).unsqueeze(-1)
+        k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
         bias = torch.zeros(ok.shape, dtype=torch.float32, device=q.device).masked_fill_(~ok, float("-inf"))
-        return attend(q, k, v, LN2, bias)
+        return attend(q, k, v, self.tensors.scale, bias)
 
 
 def split(lo: int, hi: int, pieces: int) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from ...layout import BlockLayout
 from .tile import native_low_precision
 from .tiles import Span
 
-LOG2E = math.log2(math.e)
+LOG2E, LN2 = math.log2(math.e), math.log(2)
 # Memory for the copies of q, k, v and of the output of one span; at least one KV head's whatever its size.
 SPAN_BYTES = 32 * 2**20
 
@@ -42,8 +42,9 @@ class Operands:
     """Tensors of one span.
 
     Attributes:
-        q: (tiles, block_q, D) in the plan's order, times scale * log2(e), so that the softmax is a power of two. Rows
-            past the end are 0.
+        q: (tiles, block_q, D) in the plan's order, times scale * log2(e), so that the softmax is a power of two; as it
+            is in low precision, which would lose bits. Rows past the end are 0.
+        scale: what remains to be multiplied.
         k: (KV heads, Nk * block_k, D); what lies past the end is never used.
         v: as ``k``.
         out: (tiles, block_q, D) in the plan's order, to be filled.
@@ -57,7 +58,12 @@ class Operands:
         self.dtype, self.q_len = compute_dtype(q), q.shape[2]
         q = q[samples, span.h0 : span.h1]
         padded = q.new_empty(*q.shape[:2], layout.n_q * layout.block_q, q.shape[3], dtype=self.dtype)
-        torch.mul(q, scale * LOG2E, out=padded[:, :, : self.q_len])
+        # Copied first: torch would round a product of low-precision numbers before it widens it.
+        padded[:, :, : self.q_len] = q
+        self.scale = scale
+        if self.dtype not in (torch.bfloat16, torch.float16):
+            padded[:, :, : self.q_len] *= scale * LOG2E
+            self.scale = LN2
         padded[:, :, self.q_len :] = 0
         self.shape = padded.shape
         self.out = padded.view(-1, layout.block_q, q.shape[3])

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import layout_error
 from ...layout import BlockLayout
 
 # Tiles of one head that share a run of consecutive key blocks are read in place when there are this many. Fewer are
@@ -183,6 +184,8 @@ def _sorted_tiles(
     for tile, (count, first, last, complete, part, _) in enumerate(table):
         head = tile // layout.n_q
         tokens = count * bk - max(0, (last + 1) * bk - lens[span.b0 + head // heads])
+        if count and not (0 <= first <= last < layout.n_k and tokens > 0):  # an unchecked layout
+            raise layout_error(f"a row lists blocks {first} to {last} of {layout.n_k}", "BlockLayout", "Validate it.")
         if count == 0:
             empty.append(tile)
         elif last - first + 1 == count:
