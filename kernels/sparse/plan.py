@@ -11,10 +11,10 @@ from ..layout import BlockLayout
 from .triton.table import LARGEST_D, tile_of
 
 # Measured on a CPU with AVX2, two threads, against torch's flash kernel: (pairs of tokens, density up to which a call
-# gains). Every measured call at density 0.2 and less gained from 1,108 tokens on; at 0.5 most did, but on a loaded
-# machine a few took up to 1.13 times as long as dense, so nothing is claimed there.
+# gains). Every measured call gained at 0.5 from 2,048 tokens on and at 0.3 from 1,108; at 0.6 one of eight lost, at
+# 0.75 half of them.
 # A dense call under an expanded mask is no alternative: it took 1.6 to 2.9 times as long as without a mask.
-PAYS_BELOW_DENSITY = ((1024 * 1024, 0.4),)
+PAYS_BELOW_DENSITY = ((4096 * 4096, 0.55), (2048 * 2048, 0.5), (1024 * 1024, 0.4))
 
 # The Triton kernel: unmeasured. The dense kernels it competes with are hand-tuned for each GPU generation; a Triton
 # one is taken to reach 0.65 of their rate with 128 query rows a tile, 0.5 with 64 (each tile of keys is then read
