@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -69,24 +69,7 @@ def _block_sparse(
 
 
 @_block_sparse.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_idx: Tensor,
-    kv_num: Tensor,
-    part_idx: Tensor | None,
-    part_num: Tensor | None,
-    part_bits: Tensor | None,
-    q_seg: Tensor | None,
-    kv_seg: Tensor | None,
-    kv_lens: Tensor | None,
-    block_q: int,
-    block_k: int,
-    causal_offset: int | None,
-    scale: float,
-    num_splits: int,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 

@@ -53,32 +53,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    kv_idx: Tensor,
-    kv_num: Tensor,
-    part_idx: Tensor | None,
-    part_num: Tensor | None,
-    part_bits: Tensor | None,
-    q_seg: Tensor | None,
-    kv_seg: Tensor | None,
-    kv_lens: Tensor | None,
-    block_q: int,
-    block_k: int,
-    causal_offset: int | None,
-    scale: float,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = ((q, need_q), (k, need_k), (v, need_v))
-    dq, dk, dv = (x.new_empty(x.shape if need else (0,)) for x, need in wanted)
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v), rest[-3:], strict=True))
     return dq, dk, dv
 
 
@@ -95,9 +71,7 @@ def block_sparse_backward(
     needs: tuple[bool, bool, bool],
 ) -> Grads:
     """Gradients by the implementation for these tensors; see ``backward_reference`` for the arguments."""
-    same_lens = layout.kv_lens is None or int(layout.kv_lens.min()) == int(layout.kv_lens.max())
-    if q.device.type == "cpu" and dout is not None and dlse is None and same_lens and keeps_everything(layout):
-        n = layout.kv_len if layout.kv_lens is None else int(layout.kv_lens.max())
+    if dout is not None and dlse is None and (n := _dense_keys(layout, q.device)) is not None:
         dq, *found = cpu_flash_backward(dout, q, k[:, :, :n], v[:, :, :n], out, lse, None, scale)
         dk, dv = (torch.nn.functional.pad(x, (0, 0, 0, layout.kv_len - n)) for x in found)
         return tuple(x if need else None for x, need in zip((dq, dk, dv), needs, strict=True))  # type: ignore[return-value]
@@ -106,6 +80,16 @@ def block_sparse_backward(
 
         return block_sparse_backward_triton(q, k, v, out, lse, dout, dlse, layout, scale, needs)
     return block_sparse_backward_blocked(q, k, v, out, lse, dout, dlse, layout, scale, needs)
+
+
+def _dense_keys(layout: BlockLayout, device: torch.device) -> int | None:
+    """How many keys all queries of all samples keep, on a CPU and if they keep no others; else None."""
+    if device.type != "cpu" or not keeps_everything(layout):
+        return None
+    if layout.kv_lens is None:
+        return layout.kv_len
+    fewest, most = (int(n) for n in layout.kv_lens.aminmax())
+    return most if fewest == most else None
 
 
 def register(op: Any) -> None:
