@@ -9,12 +9,15 @@
 #                         machine without a GPU add the index of CPU builds that torch's installation page names:
 #                         make demo PIP_ARGS="--extra-index-url <that index>" TORCH="torch==2.13.0+cpu"
 #   PIP_ARGS=...          further options of pip install
+#   PROCESSES=2           how many processes run the tests; one takes up to 3 GB
+#   PYTEST_ARGS=...       further options of pytest
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 CONSTRAINTS ?= .ci/constraints.txt
+PROCESSES ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -34,7 +37,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/patchkit run adaspa
 
 test: $(VENV)/.test
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
