@@ -104,3 +104,23 @@ def check_topk() -> Callable[..., None]:
             assert row == stored + [0] * (len(row) - len(stored))
 
     return check
+
+
+@pytest.fixture
+def unused_keys(qkv: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Any, ...]]:
+    """``unused_keys(poisoned, D)``: q, k, v, a layout whose partial blocks hold keys of no segment, and these (2, 100).
+
+    ``poisoned`` ("k" or "v") is NaN there.
+    """
+
+    def make(poisoned: str, D: int = 64) -> tuple[Any, ...]:
+        from patchkit.kernels import BlockLayout
+
+        ids = torch.arange(100).ge(50).long().expand(2, 100).contiguous()
+        keys = ids.clone()
+        keys[0, 90:], keys[1, 20:24] = -1, -1
+        q, k, v = qkv(2, 2, 2, 100, 100, D)
+        {"k": k, "v": v}[poisoned].masked_fill_(keys.lt(0).view(2, 1, 100, 1), float("nan"))
+        return q, k, v, BlockLayout.from_segments(ids, keys, block_q=32, block_k=32), keys < 0
+
+    return make

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward_steps import allowed, rows_of
+from .shared import allowed, rows_of
 
 
 @triton.jit
@@ -88,26 +88,25 @@ def dkv_walk(
                 at = ((row * part_width + slot) * BLOCK_Q + local) * WORDS + inner // 64
                 words = tl.load(bits + at)[None, :]
                 shifts = (inner % 64 + tl.arange(0, BN)).to(tl.int64)[:, None]
-            p = tl.where(
-                allowed(
-                    q_pos[None, :],
-                    known[:, None],
-                    q_ids[None, :],
-                    k_ids[:, None],
-                    words,
-                    shifts,
-                    offset,
-                    CAUSAL,
-                    SEGMENTS,
-                    BITS,
-                ),
-                p,
-                0.0,
+            ok = allowed(
+                q_pos[None, :],
+                known[:, None],
+                q_ids[None, :],
+                k_ids[:, None],
+                words,
+                shifts,
+                offset,
+                CAUSAL,
+                SEGMENTS,
+                BITS,
             )
+            p = tl.where(ok, p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         if NEED_K:
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             ds = p * (dp - less[None, :])
+            if MASKED:
+                ds = tl.where(ok, ds, 0.0)  # the value of a key that is masked may be NaN
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward_steps import allowed, rows_of
+from .shared import kept_pairs, list_entry, rows_of
 
 
 @triton.jit
@@ -45,45 +45,33 @@ def dq_walk(
     """Add to acc (BM, D) what entries first..last of a list of key blocks give; ``implicit``: block t is entry t."""
     SUB: tl.constexpr = BLOCK_K // BN
     WORDS: tl.constexpr = (BLOCK_K + 63) // 64
-    block = tl.load(idx + first, mask=(first < last) & (implicit == 0), other=0).to(tl.int32)
-    block = tl.where(implicit, first, block)
+    block = list_entry(idx, first, last, implicit)
     for t in range(first * SUB, last * SUB):
         inner = (t % SUB) * BN
         k_pos = block * BLOCK_K + inner + tl.arange(0, BN)
         # The next entry is read a step ahead, so that no address waits for its own index.
-        after = (t + 1) // SUB
-        block = tl.load(idx + after, mask=(after < last) & (implicit == 0), other=0).to(tl.int32)
-        block = tl.where(implicit, after, block)
+        block = list_entry(idx, (t + 1) // SUB, last, implicit)
+        if MASKED:
+            ok, k_pos = kept_pairs(
+                q_pos,
+                q_ids,
+                k_pos,
+                keys,
+                kv_seg,
+                bits,
+                (t // SUB) * (BLOCK_Q * WORDS),
+                inner,
+                offset,
+                CAUSAL,
+                SEGMENTS,
+                BITS,
+            )
         k = rows_of(k_head, k_pos, keys, k_n, D, D_PAD, MASKED)
         v = rows_of(v_head, k_pos, keys, v_n, D, D_PAD, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
         p = tl.exp2(s * scale2 - shift[:, None])
         if MASKED:
-            k_ids = k_pos
-            words = k_pos[None, :]
-            shifts = k_pos[None, :]
-            if SEGMENTS:
-                k_ids = tl.load(kv_seg + k_pos, mask=k_pos < keys, other=-1)
-            if BITS:
-                words = tl.load(bits + (t // SUB) * (BLOCK_Q * WORDS) + inner // 64)[:, None]
-                shifts = (inner % 64 + tl.arange(0, BN)).to(tl.int64)[None, :]
-            known = tl.where(k_pos < keys, k_pos, -1)
-            p = tl.where(
-                allowed(
-                    q_pos[:, None],
-                    known[None, :],
-                    q_ids[:, None],
-                    k_ids[None, :],
-                    words,
-                    shifts,
-                    offset,
-                    CAUSAL,
-                    SEGMENTS,
-                    BITS,
-                ),
-                p,
-                0.0,
-            )
+            p = tl.where(ok, p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)

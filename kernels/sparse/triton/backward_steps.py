@@ -57,32 +57,3 @@ def rows_kernel(
     empty = value == float("-inf")
     tl.store(shift + at, tl.where(empty, float("inf"), value * 1.4426950408889634), mask=live)
     tl.store(delta + at, tl.where(empty, 0.0, found), mask=live)
-
-
-@triton.jit
-def rows_of(head, pos, stop, stride, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
-    """(n, D) rows ``pos`` of one head; with MASKED, rows from ``stop`` on are 0 and not read."""
-    col = tl.arange(0, D_PAD)
-    at = head + pos.to(tl.int64)[:, None] * stride + col[None, :]
-    if MASKED:
-        if D == D_PAD:
-            return tl.load(at, mask=(pos < stop)[:, None], other=0.0)
-        return tl.load(at, mask=(pos < stop)[:, None] & (col < D)[None, :], other=0.0)
-    if D == D_PAD:
-        return tl.load(at)
-    return tl.load(at, mask=(col < D)[None, :], other=0.0)
-
-
-@triton.jit
-def allowed(
-    q_pos, k_pos, q_ids, k_ids, words, shifts, offset, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, BITS: tl.constexpr
-):
-    """The element rule; queries and keys along different dimensions, in either order. ``k_pos`` is -1 past the end."""
-    ok = (k_pos >= 0) & (q_pos >= 0)
-    if CAUSAL:
-        ok = ok & (k_pos <= q_pos + offset)
-    if SEGMENTS:
-        ok = ok & (q_ids == k_ids) & (q_ids >= 0)
-    if BITS:
-        ok = ok & (((words >> shifts) & 1) != 0)
-    return ok

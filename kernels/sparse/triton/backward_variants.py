@@ -46,6 +46,8 @@ def variants() -> list[Variant]:
             make(128, brain, 64, 64),
             make(128, brain, 128, 128, LENGTHS=True),
             make(80, brain, 64, 64),
+            make(256, brain, 64, 64),
+            make(256, brain, 64, 64, PARTIAL=True, CAUSAL=True),
             make(64, half, 16, 16),
             make(64, single, 64, 64),
             make(128, brain, 64, 64, PARTIAL=True, CAUSAL=True),
@@ -54,7 +56,7 @@ def variants() -> list[Variant]:
             make(64, brain, 64, 64, PARTIAL=True, BITS=True),
         ]
     found += [_dq(128, single, 64, 64), _dkv(128, brain, 64, 64, EVEN=True), _dkv(64, brain, 64, 64, NEED_K=False)]
-    return [*found, _rows(64, half), _rows(128, brain)]
+    return [*found, _rows(64, half), _rows(128, brain), _rows(256, brain)]
 
 
 def _dq(D: int, dtype: torch.dtype, block_q: int, block_k: int, **flags: bool) -> Variant:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .shared import kept_pairs, list_entry, rows_of
+
 
 @triton.jit
 def tile_step(q, k, v, ok, m, den, acc, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
@@ -30,13 +32,6 @@ def tile_step(q, k, v, ok, m, den, acc, scale2, MASKED: tl.constexpr, PRECISION:
     den = den * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return top, den, acc
-
-
-@triton.jit
-def list_entry(idx, at, stop, implicit):
-    """Entry ``at`` of a list, or of the implicit list 0, 1, 2, ...; what lies past ``stop`` is not read."""
-    stored = tl.load(idx + at, mask=(at < stop) & (implicit == 0), other=0).to(tl.int32)
-    return tl.where(implicit, at, stored)
 
 
 @triton.jit
@@ -200,29 +195,31 @@ def walk_partial(
 ):
     """Entries first..last of a list of partial blocks, under all the element rules there are.
 
-    ``bits`` points at the row words of entry 0 for the rows of this tile (BM,); BN <= 64, so a step needs one word.
+    ``bits`` points at the row words of entry 0 for the rows of this tile (BM,).
     """
     SUB: tl.constexpr = BLOCK_K // BN
     WORDS: tl.constexpr = (BLOCK_K + 63) // 64
-    block = tl.load(idx + first, mask=first < last, other=0).to(tl.int32)
+    block = list_entry(idx, first, last, 0)
     for t in range(first * SUB, last * SUB):
         inner = (t % SUB) * BN
-        start = block * BLOCK_K + inner
-        block = tl.load(idx + (t + 1) // SUB, mask=(t + 1) // SUB < last, other=0).to(tl.int32)
-        k_pos = start + tl.arange(0, BN)
-        inside = k_pos < keys
-        ok = tl.broadcast_to(inside[None, :], (q.shape[0], BN))
-        if CAUSAL:
-            ok = ok & (k_pos[None, :] <= q_pos[:, None] + causal_offset)
-        if SEGMENTS:
-            k_ids = tl.load(kv_seg + k_pos, mask=inside, other=-1)
-            ok = ok & (q_ids[:, None] == k_ids[None, :]) & (q_ids >= 0)[:, None]
-        if BITS:
-            word = tl.load(bits + (t // SUB) * (BLOCK_Q * WORDS) + inner // 64)
-            shift = (inner % 64 + tl.arange(0, BN)).to(tl.int64)
-            ok = ok & (((word[:, None] >> shift[None, :]) & 1) != 0)
-        k = load_tile(k_head, start, k_stride, inside, D, D_PAD, BN, True)
-        v = load_tile(v_head, start, v_stride, inside, D, D_PAD, BN, True)
+        k_pos = block * BLOCK_K + inner + tl.arange(0, BN)
+        block = list_entry(idx, (t + 1) // SUB, last, 0)
+        ok, k_pos = kept_pairs(
+            q_pos,
+            q_ids,
+            k_pos,
+            keys,
+            kv_seg,
+            bits,
+            (t // SUB) * (BLOCK_Q * WORDS),
+            inner,
+            causal_offset,
+            CAUSAL,
+            SEGMENTS,
+            BITS,
+        )
+        k = rows_of(k_head, k_pos, keys, k_stride, D, D_PAD, True)
+        v = rows_of(v_head, k_pos, keys, v_stride, D, D_PAD, True)
         m, den, acc = tile_step(q, k, v, ok, m, den, acc, scale2, True, PRECISION)
     return m, den, acc
 

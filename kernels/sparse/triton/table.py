@@ -9,7 +9,7 @@ import torch
 from ...layout import BlockLayout
 
 # Bytes per element -> the largest head size. The three TF32 products of fp32 do not fit the registers above 64.
-LARGEST_D = {2: 128, 4: 64}
+LARGEST_D = {2: 256, 4: 64}
 
 
 class Tile(NamedTuple):
@@ -28,6 +28,7 @@ TABLE = {
     (32, 2): Tile(128, 64, 8, 3),
     (64, 2): Tile(128, 64, 8, 3),
     (128, 2): Tile(128, 32, 8, 3),
+    (256, 2): Tile(64, 32, 8, 2),
     (16, 4): Tile(64, 16, 4, 2),
     (32, 4): Tile(64, 16, 4, 2),
     (64, 4): Tile(64, 16, 4, 2),
@@ -54,8 +55,13 @@ def tile_of(D: int, dtype: torch.dtype, block_q: int, block_k: int, major: int =
     # The mask over the padding of D takes the registers of the third stage's addresses.
     stages = stages if even else min(stages, 2)
     rows, keys = min(rows, block_q), min(keys, block_k)
-    # A warp holds 16 rows of a product; more of them would compute the same rows twice.
-    return Tile(rows, keys, min(warps, max(1, rows // 16)), stages)
+    # A warp holds 16 rows of a product. Twice as many share its columns, which the accumulator of D = 256 needs.
+    return Tile(rows, keys, min(warps, max(1, rows // 16) * (2 if key[0] > 128 else 1)), stages)
+
+
+def partial_keys(D: int, tile: Tile) -> int:
+    """Keys of one step over partial blocks: the element masks take registers."""
+    return min(tile.keys, 32 if padded(D) <= 128 else 16)
 
 
 def constants_of(
@@ -69,7 +75,7 @@ def constants_of(
         "BLOCK_K": layout.block_k,
         "BM": tile.rows,
         "BN": tile.keys,
-        "BP": min(tile.keys, 32),
+        "BP": partial_keys(D, tile),
         "RESUME": resume,
         "PARTIAL": layout.part_idx is not None,
         "CAUSAL": layout.causal_offset is not None,

@@ -8,7 +8,7 @@ import torch
 
 from ...gpu import Variant
 from .forward import forward_kernel, merge_kernel
-from .table import HOPPER, padded, tile_of
+from .table import HOPPER, padded, partial_keys, tile_of
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 FLAGS = ("RESUME", "PARTIAL", "CAUSAL", "SEGMENTS", "BITS", "LENGTHS")
@@ -25,6 +25,10 @@ def variants() -> list[Variant]:
         *((D, brain, 64, 64, ("RESUME",)) for D in (64, 128)),
         *((D, brain, 128, 64, ()) for D in (64, 128)),
         (80, brain, 64, 64, ()),
+        (256, half, 64, 64, ()),
+        (256, brain, 128, 64, ("LENGTHS",)),
+        (256, brain, 64, 64, ("PARTIAL", "CAUSAL")),
+        (256, brain, 128, 128, ("PARTIAL", "CAUSAL", "SEGMENTS", "BITS", "LENGTHS")),
         (32, half, 32, 32, ()),
         (64, half, 16, 16, ()),
         (64, single, 64, 64, ()),
@@ -35,7 +39,7 @@ def variants() -> list[Variant]:
         (128, brain, 128, 128, ("PARTIAL", "CAUSAL", "SEGMENTS", "BITS", "LENGTHS")),
     ]
     found = [_forward(*form, major) for form in forms for major in (8, 9) if major == 8 or _own_form(form[0], form[1])]
-    return [*found, *(_merge(D, dtype) for D in (64, 128) for dtype in (half, brain))]
+    return [*found, *(_merge(D, dtype) for D in (64, 128, 256) for dtype in (half, brain))]
 
 
 def _own_form(D: int, dtype: torch.dtype) -> bool:
@@ -52,7 +56,7 @@ def _forward(D: int, dtype: torch.dtype, block_q: int, block_k: int, flags: tupl
         "BLOCK_K": block_k,
         "BM": tile.rows,
         "BN": tile.keys,
-        "BP": min(tile.keys, 32),
+        "BP": partial_keys(D, tile),
         "PRECISION": "tf32x3",
     }
     types = _types(forward_kernel, dtype)

@@ -67,6 +67,12 @@ def test_equals_the_formula(qkv, close, B, H, Hkv, N, M, D, bq, bk, Bl, Hl, dtyp
     check(*qkv(B, H, Hkv, N, M, D, dtype), random_layout((Bl, Hl), N, M, bq, bk, 0.6), close)
 
 
+@pytest.mark.parametrize("D", [200, 256])
+def test_wide_heads(qkv, close, D):
+    layout = random_layout((1, 2), 63, 130, 64, 64, 0.8, rule=ElementRule(causal_offset=67))
+    check(*qkv(1, 2, 1, 63, 130, D, torch.float16), layout, close)
+
+
 RULES = {
     "causal": lambda N, M: ElementRule(causal_offset=M - N),
     "causal-early": lambda N, M: ElementRule(causal_offset=-20),
@@ -137,6 +143,14 @@ def test_values_that_nothing_attends_to_never_leak(qkv, close):
         assert not x[:, :, 32:64].any()
         assert not x[0, :, 117:].any()
         assert not x[1].any()
+
+
+@pytest.mark.parametrize("poisoned", ["k", "v"])
+def test_keys_that_no_row_of_a_partial_block_keeps_are_never_used(unused_keys, close, poisoned):
+    q, k, v, layout, unused = unused_keys(poisoned)
+    _, dk, dv = check(q, k, v, layout, close)
+    for x in (dk, dv):
+        assert not x.transpose(1, 2)[unused].any()
 
 
 def test_through_the_public_operator(on_triton, close):
