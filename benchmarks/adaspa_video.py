@@ -46,13 +46,58 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def measure(pipe: Any, prompts: list[str], steps: int, block_size: int) -> dict[Any, dict[str, list[Any]]]:
+    """Each prompt dense and at each density, from the same seed: times, scores, distances to dense, reports."""
+    import patchkit
+    from patchkit import metrics
+    from patchkit.zoo import detect
+
+    results: dict[Any, dict[str, list[Any]]] = {
+        d: {"seconds": [], "scores": [], "psnr": [], "ssim": [], "reports": []} for d in ("dense", *DENSITIES)
+    }
+    for seed, prompt in enumerate(prompts):
+        reference, seconds = generate(pipe, prompt, seed, steps)
+        results["dense"]["seconds"].append(seconds)
+        results["dense"]["scores"].append(detect.score(reference, prompt))
+        for density in DENSITIES:
+            options = {"density": density, "block_size": block_size, "min_tokens": 0}
+            with patchkit.apply(pipe, "adaspa", **options) as patch:
+                video, seconds = generate(pipe, prompt, seed, steps)
+                report = patch.report().to_dict()
+            entry = results[density]
+            entry["seconds"].append(seconds)
+            entry["scores"].append(detect.score(video, prompt))
+            entry["psnr"].append(float(metrics.psnr(video, reference)))
+            entry["ssim"].append(float(metrics.ssim(video, reference)))
+            entry["reports"].append(summary(report))
+    return results
+
+
+def row_of(entry: dict[str, list[Any]], dense_seconds: float) -> dict[str, Any]:
+    """Medians and means of one density."""
+    row: dict[str, Any] = {
+        "clips": len(entry["seconds"]),
+        "seconds_a_clip": round(statistics.median(entry["seconds"]), 3),
+        "seconds_over_dense": round(statistics.median(entry["seconds"]) / dense_seconds, 3),
+        "right": {name: round(statistics.mean(s[name] for s in entry["scores"]), 3) for name in entry["scores"][0]},
+    }
+    if entry["psnr"]:
+        row |= {
+            "psnr_db": round(statistics.mean(entry["psnr"]), 2),
+            "psnr_worst_db": round(min(entry["psnr"]), 2),
+            "ssim": round(statistics.mean(entry["ssim"]), 4),
+            **entry["reports"][-1],
+            "recall": round(statistics.mean(r["recall"] for r in entry["reports"]), 4),
+        }
+    return row
+
+
 def main() -> None:
     import torch
     from rows import write
 
-    import patchkit
-    from patchkit import metrics, zoo
-    from patchkit.zoo import detect, world
+    from patchkit import zoo
+    from patchkit.zoo import world
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=20)
@@ -66,46 +111,17 @@ def main() -> None:
     rng = random.Random(1234)
     prompts = [world.sample_scene(rng).caption for _ in range(args.prompts)]
     generate(pipe, prompts[0], 0, 2)
-    results: dict[Any, dict[str, list[Any]]] = {
-        d: {"seconds": [], "scores": [], "psnr": [], "ssim": [], "reports": []} for d in ("dense", *DENSITIES)
-    }
-    for seed, prompt in enumerate(prompts):
-        reference, seconds = generate(pipe, prompt, seed, args.steps)
-        results["dense"]["seconds"].append(seconds)
-        results["dense"]["scores"].append(detect.score(reference, prompt))
-        for density in DENSITIES:
-            options = {"density": density, "block_size": args.block_size, "min_tokens": 0}
-            with patchkit.apply(pipe, "adaspa", **options) as patch:
-                video, seconds = generate(pipe, prompt, seed, args.steps)
-                report = patch.report().to_dict()
-            entry = results[density]
-            entry["seconds"].append(seconds)
-            entry["scores"].append(detect.score(video, prompt))
-            entry["psnr"].append(float(metrics.psnr(video, reference)))
-            entry["ssim"].append(float(metrics.ssim(video, reference)))
-            entry["reports"].append(summary(report))
-    rows = []
+    results = measure(pipe, prompts, args.steps, args.block_size)
     dense_seconds = statistics.median(results["dense"]["seconds"])
+    rows = []
     for density, entry in results.items():
-        row: dict[str, Any] = {
+        row = {
             "what": "adaspa on zoo/video",
             "density": density,
             "block_size": args.block_size,
             "steps": args.steps,
-            "clips": args.prompts,
             "shape": "1088 video + 20 text tokens, 4 heads x 32, 6 layers, batch 2 (CFG)",
-            "seconds_a_clip": round(statistics.median(entry["seconds"]), 3),
-            "seconds_over_dense": round(statistics.median(entry["seconds"]) / dense_seconds, 3),
-            "right": {name: round(statistics.mean(s[name] for s in entry["scores"]), 3) for name in entry["scores"][0]},
-        }
-        if entry["psnr"]:
-            row |= {
-                "psnr_db": round(statistics.mean(entry["psnr"]), 2),
-                "psnr_worst_db": round(min(entry["psnr"]), 2),
-                "ssim": round(statistics.mean(entry["ssim"]), 4),
-                **entry["reports"][-1],
-                "recall": round(statistics.mean(r["recall"] for r in entry["reports"]), 4),
-            }
+        } | row_of(entry, dense_seconds)
         rows.append(row)
         print(json.dumps(row))
     print(write("adaspa_video", rows))
