@@ -2,7 +2,7 @@
 
     python benchmarks/compile_kernels.py                 compile everything, rewrite results/compile.jsonl
     python benchmarks/compile_kernels.py --check         compile everything, compare with the table, exit 1 on a fault
-    python benchmarks/compile_kernels.py --check --subset    sm90 whole, of the others what is tightest there (CI)
+    python benchmarks/compile_kernels.py --check --subset    sm90 whole, of the others what is tightest there
 
 Rewrite the table whenever a kernel or its launch parameters change on purpose, and read the difference.
 """
