@@ -167,3 +167,33 @@ def test_a_run_is_put_together_from_its_phases(steps):
     assert found["whole_speed_up"] == pytest.approx(5000 / 2680, abs=1e-3)
     assert found["attention_speed_up"] == pytest.approx(4000 / (9 * 80 + 120 + 39 * 20 + 60), abs=1e-3)
     assert found["attention_share"] == 0.8
+
+
+def test_text_measures_recipes_beside_the_model_as_it_is(script, capsys, tmp_path, monkeypatch):
+    """benchmarks/text.py on a tiny model: a recipe that changes nothing, and one that does."""
+    import testing_recipes
+    import tiny
+    from tiny import tokenizers
+
+    from patchkit.zoo.language import TextModel
+
+    assert testing_recipes  # it registers them
+    module = script("text")
+    pair = TextModel(tiny.models.llama(), tokenizers.llama())
+    monkeypatch.setattr(module.zoo, "load", lambda name, **options: pair)
+    text, out = tmp_path / "words.txt", tmp_path / "rows.jsonl"
+    text.write_text("the miller opened the gate and the wheel began to turn " * 2)
+    recipes = [tmp_path / "same.yaml", tmp_path / "dimmed.yaml"]
+    for recipe, density in zip(recipes, (1.0, 0.5), strict=True):
+        recipe.write_text(f"version: 1\nrecipes:\n  - dimming: {{density: {density}}}\n")
+    sizes = ["--window", 32, "--stride", 16, "--prompt", 12, "--generated", 3, "--repeats", 1]
+    arguments = [*sizes, "--text", text, "--out", out, "--recipes", *recipes]
+    monkeypatch.setattr(sys, "argv", ["text.py", *map(str, arguments)])
+    assert module.main() == 0
+    dense, same, other = (json.loads(line) for line in out.read_text().splitlines())
+    assert dense["logit_error"] == same["logit_error"] == 0
+    assert same["perplexity"] == dense["perplexity"] != other["perplexity"]
+    assert other["logit_error"] > 0
+    assert dense["cache_bytes"] == same["cache_bytes"] > 0
+    assert (same["variant"], other["variant"]) == ("same", "dimmed")
+    assert "dimmed" in capsys.readouterr().out

@@ -29,7 +29,7 @@ def diagnose() -> dict[str, Any]:
     for name in ("imageio", "imageio-ffmpeg"):
         if versions[name] is None:
             problems.append(f'{name} is not installed, so no mp4 can be written: pip install "patchkit[video]"')
-    for name in zoo.names():
+    for name in filter(zoo.shipped, zoo.names()):
         if not (zoo.path(name) / "model_index.json").is_file():
             problems.append(f"the weights of zoo/{name} are missing from this installation")
     return found

@@ -174,9 +174,12 @@ def _load_zoo(spec: ModelSpec, dtype: Any, device: str) -> Loaded:
     name = spec.zoo or ""
     if spec.revision or spec.variant:
         raise InvalidOption("zoo models have neither revisions nor variants", spec.id, "leave these fields out")
-    target = zoo.load(name, torch_dtype=dtype)
-    _place(target, spec, device)
-    return Loaded(target, "pipeline", defaults=dict(zoo.defaults(name)))
+    found, defaults = zoo.load(name, torch_dtype=dtype), dict(zoo.defaults(name))
+    if not zoo.shipped(name):
+        _no_offload(spec)
+        return Loaded(found.model.to(device), "text", tokenizer=found.tokenizer, defaults=defaults)
+    _place(found, spec, device)
+    return Loaded(found, "pipeline", defaults=defaults)
 
 
 def _load_pipeline(spec: ModelSpec, dtype: Any, device: str) -> Any:
@@ -207,12 +210,16 @@ def _place(target: Any, spec: ModelSpec, device: str) -> None:
 def _load_text(spec: ModelSpec, dtype: Any, device: str) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if spec.offload != "none":
-        raise InvalidOption("offload is for diffusers pipelines", spec.id, "leave it out for a text model")
+    _no_offload(spec)
     options = _chosen(revision=spec.revision, variant=spec.variant)
     tokenizer = AutoTokenizer.from_pretrained(spec.id, **_chosen(revision=spec.revision))
     model: Any = AutoModelForCausalLM.from_pretrained(spec.id, **options, **_chosen(dtype=dtype))
     return Loaded(model.to(device).eval(), "text", tokenizer=tokenizer)
+
+
+def _no_offload(spec: ModelSpec) -> None:
+    if spec.offload != "none":
+        raise InvalidOption("offload is for diffusers pipelines", spec.id, "leave it out for a text model")
 
 
 @contextlib.contextmanager

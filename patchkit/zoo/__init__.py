@@ -1,8 +1,9 @@
 """Tiny trained models of the real classes, for demos and tests without a download.
 
 ``patchkit.zoo.load("video")`` returns a real ``CogVideoXPipeline`` that draws the shape world
-(:mod:`patchkit.zoo.world`) in seconds on two CPU cores; :mod:`patchkit.zoo.detect` reads its clips back. Importing
-this package imports neither diffusers nor transformers.
+(:mod:`patchkit.zoo.world`) in seconds on two CPU cores; :mod:`patchkit.zoo.detect` reads its clips back.
+``patchkit.zoo.load("gemma")`` and ``("minilm")`` return real language models that install as packages
+(:mod:`patchkit.zoo.language`). Importing this package imports neither diffusers nor transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from patchkit.errors import PatchkitError, nearest
 
-__all__ = ["UnknownZooModel", "defaults", "describe", "load", "load_folder", "names", "path"]
+__all__ = ["UnknownZooModel", "defaults", "describe", "load", "load_folder", "names", "path", "prose", "shipped"]
 
 
 class UnknownZooModel(PatchkitError, LookupError):
@@ -22,7 +23,10 @@ class UnknownZooModel(PatchkitError, LookupError):
 
 @dataclass(frozen=True)
 class _Entry:
-    """One model: the folder beside this file, the pipeline class that reads it, and how it is best called."""
+    """One model: where it is, the pipeline class that reads it, and how it is best called.
+
+    ``folder`` is beside this file; a model without one comes in a package that :mod:`patchkit.zoo.language` reads.
+    """
 
     folder: str
     pipeline: str
@@ -41,12 +45,31 @@ _ENTRIES = {
             "guidance_scale": 1.5,
         },
     ),
+    "gemma": _Entry(
+        folder="",
+        pipeline="",
+        about="Gemma 3 270M, a real language model of 18 layers, from a package of its own",
+        call={"prompt": "The tide turned at three in the morning, and", "max_new_tokens": 40},
+    ),
+    "minilm": _Entry(
+        folder="", pipeline="", about="all-MiniLM-L6-v2, a real sentence encoder of 6 layers, from a package of its own"
+    ),
 }
 
 
 def names() -> tuple[str, ...]:
     """The models that :func:`load` knows."""
     return tuple(sorted(_ENTRIES))
+
+
+def shipped(name: str) -> bool:
+    """Whether a model is part of this package; others install as packages of their own."""
+    return bool(_entry(name).folder)
+
+
+def prose() -> str:
+    """2,500 words of English, written for this project, so that no language model has read them: for perplexities."""
+    return (Path(__file__).parent / "texts" / "the-tide-mill.txt").read_text(encoding="utf-8")
 
 
 def describe(name: str) -> str:
@@ -60,22 +83,36 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def path(name: str) -> Path:
-    """The folder of a model, in diffusers' ``save_pretrained`` layout."""
-    return Path(__file__).parent / _entry(name).folder
+    """The folder of a model in ``save_pretrained`` layout. Those of other packages need not be there yet."""
+    entry = _entry(name)
+    if not entry.folder:
+        from patchkit.zoo import language
+
+        return language.folder_of(_key(name))
+    return Path(__file__).parent / entry.folder
 
 
 def load(name: str, torch_dtype: Any = None, device: Any = None) -> Any:
-    """Load a trained tiny pipeline, offline.
+    """Load a trained tiny pipeline, or a language model and its tokenizer (``.model``, ``.tokenizer``), offline.
 
-    It can be called with a prompt alone. ``pipe(**zoo.defaults(name))`` adds the steps and the guidance with which it
-    was evaluated; the pipeline's own default guidance is too strong for it.
+    A pipeline can be called with a prompt alone. ``pipe(**zoo.defaults(name))`` adds the steps and the guidance with
+    which it was evaluated; the pipeline's own default guidance is too strong for it.
 
     Args:
         name: one of :func:`names`; the prefix ``zoo/`` may stand before it.
         torch_dtype: dtype of the weights; fp32 by default (they are stored in fp16).
         device: where to put the pipeline; the CPU by default.
+
+    Raises:
+        UnknownZooModel: there is no such model.
+        MissingDependency: the model comes in a package that is not installed.
     """
     entry = _entry(name)
+    if not entry.folder:
+        from patchkit.zoo import language
+
+        pair = language.load(_key(name), torch_dtype)
+        return pair if device is None else pair._replace(model=pair.model.to(device))
     pipe = load_folder(path(name), entry.pipeline, torch_dtype)
     return pipe if device is None else pipe.to(device)
 
@@ -96,8 +133,12 @@ def load_folder(folder: Path, pipeline: str, torch_dtype: Any = None) -> Any:
     return pipe
 
 
+def _key(name: str) -> str:
+    return name.removeprefix("zoo/")
+
+
 def _entry(name: str) -> _Entry:
-    key = name.removeprefix("zoo/")
+    key = _key(name)
     if key not in _ENTRIES:
         raise UnknownZooModel(f"the zoo has no model {name!r}", remedy=nearest(key, _ENTRIES))
     return _ENTRIES[key]
