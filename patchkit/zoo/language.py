@@ -136,7 +136,8 @@ def _convert(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(part, **options)
         read = AutoModelForCausalLM.from_pretrained(part, dtype=torch.float32, **options)
         del read.config.quantization_config  # its weights are plain numbers now, but transformers would not save it
-        model = type(read)(read.config).to(torch.float16)
+        model: Any = type(read)(read.config)
+        model.to(torch.float16)
         model.load_state_dict(read.state_dict())
         ready = part / "ready"
         model.save_pretrained(ready)
