@@ -9,6 +9,7 @@ from typing import Any
 from patchkit import registry
 from patchkit.adapters import adapter_for
 from patchkit.adapters.base import Adapter
+from patchkit.drift import drift
 from patchkit.errors import Conflict, InvalidOption, UnknownRecipe
 from patchkit.installation import Installation, find
 from patchkit.patch import Patch
@@ -68,7 +69,7 @@ def status(target: Any) -> dict[str, Any]:
             }
             for b in (installation.order() if installation else ())
         ],
-        "drift": installation.drift() if installation else [],
+        "drift": drift(installation) if installation else [],
         "foreign": adapter.foreign(),
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from patchkit.ledger import Ledger
 from patchkit.recipe_base import Recipe
-from patchkit.selection import Indices, StepWindow
+from patchkit.selection import StepWindow
 from patchkit.sites import Site
 
 Key = tuple[str, str, str, int]  # component, site, branch, op index
@@ -23,6 +23,7 @@ class Bound:
     enabled: bool = True
     window: StepWindow = field(init=False)
     states: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)  # for all calls at all levels
     ledgers: dict[Key, Ledger] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -32,6 +33,11 @@ class Bound:
         """What the recipe keeps there until the run ends."""
         return self.states.setdefault(key, {})
 
+    def clear(self) -> None:
+        """Drop what the recipe keeps until a run ends."""
+        self.states.clear()
+        self.shared.clear()
+
     def ledger(self, key: Key) -> Ledger:
         """What the recipe writes down there."""
         if key not in self.ledgers:
@@ -40,12 +46,12 @@ class Bound:
 
     def heads(self, site: Site) -> frozenset[int]:
         """The heads that the option ``heads`` selects at a site."""
-        return Indices.parse(self.recipe.heads, "heads").resolve(site.heads)
+        return self.recipe.head_numbers().resolve(site.heads)
 
     def let_go(self) -> None:
         """Hold nothing of the model any more: the handle of a removed patch may live on."""
         self.sites = []
-        self.states.clear()
+        self.clear()
         self.ledgers.clear()
 
     def covers(self, component: str) -> bool:

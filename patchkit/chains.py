@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from patchkit.bound import Bound
-from patchkit.context import Attend, AttentionCall, Denoise, DenoiseCall, Run, RunCall
+from patchkit.context import AroundBlock, Attend, AttentionCall, BlockCall, Denoise, DenoiseCall, Run, RunCall
 from patchkit.errors import PatchkitError
 from patchkit.sites import Site
 
@@ -33,7 +33,7 @@ def _around_attend(bound: Bound, inner: Attend) -> Attend:
         key = (site.component, site.name, moment.branch, call.index)
         ledger = bound.ledger(key)
         ledger.calls += 1
-        out = recipe.attend(call.replace(state=bound.state(key), ledger=ledger), inner)
+        out = recipe.attend(call.replace(state=bound.state(key), shared=bound.shared, ledger=ledger), inner)
         expected = (*call.q.shape[:-1], call.v.shape[-1])
         if not isinstance(out, Tensor) or out.shape != expected:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -56,9 +56,24 @@ def around_denoise(bound: Bound, component: str, inner: Denoise) -> Denoise:
         key = (component, "", call.branch, 0)
         ledger = bound.ledger(key)
         ledger.calls += 1
-        return bound.recipe.denoise(call.replace(state=bound.state(key), ledger=ledger), inner)
+        given = call.replace(state=bound.state(key), shared=bound.shared, ledger=ledger)
+        return bound.recipe.denoise(given, inner)
 
     return denoise
+
+
+def around_block(bound: Bound, inner: AroundBlock) -> AroundBlock:
+    """One recipe around a transformer block."""
+
+    def block(call: BlockCall) -> Any:
+        moment = call.moment
+        if not bound.window.contains(moment.step, moment.total):
+            return inner(call)
+        key = (call.block.component, call.block.name, moment.branch, 0)
+        given = call.replace(state=bound.state(key), shared=bound.shared, ledger=bound.ledger(key))
+        return bound.recipe.block(given, inner)
+
+    return block
 
 
 def run_chain(bounds: list[Bound], own: dict[int, dict[str, Any]], last: Callable[[RunCall], Any]) -> Run:
@@ -74,6 +89,7 @@ def _around_run(bound: Bound, options: dict[str, Any], inner: Run) -> Run:
         key = ("pipeline", "", "", 0)
         ledger = bound.ledger(key)
         ledger.calls += 1
-        return bound.recipe.run(call.replace(options=options, state=bound.state(key), ledger=ledger), inner)
+        given = call.replace(options=options, state=bound.state(key), shared=bound.shared, ledger=ledger)
+        return bound.recipe.run(given, inner)
 
     return run

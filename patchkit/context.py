@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from patchkit.blocks import Block
     from patchkit.ledger import Ledger
     from patchkit.sites import Site
 
@@ -64,8 +65,30 @@ class Moment:
         return self.step / self.total
 
 
+class _Timed:
+    """What the calls inside a run have in common."""
+
+    __slots__ = ()
+    moment: Moment
+
+    @property
+    def step(self) -> int | None:
+        """Number of the denoising step, from 0; None where nobody tells."""
+        return self.moment.step
+
+    @property
+    def total(self) -> int | None:
+        """How many steps the run has; None where nobody tells."""
+        return self.moment.total
+
+    @property
+    def branch(self) -> str:
+        """Guidance pass; see :class:`Moment`."""
+        return self.moment.branch
+
+
 @dataclass(slots=True)
-class AttentionCall:
+class AttentionCall(_Timed):
     """One call of the attention op at one site.
 
     Attributes:
@@ -82,6 +105,7 @@ class AttentionCall:
         visual: (B, Nk) bool, True = a visual token, in the decoder of a vision-language model; None elsewhere.
         moment: step, total and guidance branch.
         state: what this recipe keeps for (component, site, branch, index) until the run ends.
+        shared: what this recipe keeps until the run ends for all calls at all levels.
         ledger: where the recipe writes what it did, for the report.
     """
 
@@ -98,25 +122,11 @@ class AttentionCall:
     visual: Tensor | None = None
     moment: Moment = field(default_factory=Moment)
     state: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
     ledger: Ledger = None  # type: ignore[assignment]  # set before any recipe sees the call
     # the library's own arguments, handed through; shared by all copies of the call. The model's own op leaves the
     # attention weights under "weights" where the library's function returns them
     extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def step(self) -> int | None:
-        """Number of the denoising step, from 0; None where nobody tells."""
-        return self.moment.step
-
-    @property
-    def total(self) -> int | None:
-        """How many steps the run has; None where nobody tells."""
-        return self.moment.total
-
-    @property
-    def branch(self) -> str:
-        """Guidance pass; see :class:`Moment`."""
-        return self.moment.branch
 
     def replace(self, **changes: Any) -> AttentionCall:
         """A copy of this call with some inputs changed; give it to ``next``."""
@@ -147,7 +157,33 @@ class AttentionCall:
 
 
 @dataclass(slots=True)
-class DenoiseCall:
+class BlockCall(_Timed):
+    """One call of a transformer block.
+
+    ``args`` and ``kwargs`` are exactly what the model passed; return what the block would have returned, be it from
+    ``next`` or from elsewhere. ``layer`` counts in the order in which blocks run, as the sites' numbers do.
+    """
+
+    block: Block
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    moment: Moment
+    state: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
+    ledger: Ledger = None  # type: ignore[assignment]
+
+    @property
+    def layer(self) -> int:
+        """Number of the block in its component."""
+        return self.block.layer
+
+    def replace(self, **changes: Any) -> BlockCall:
+        """A copy of this call with some fields changed; ``kwargs`` is copied so that it can be edited."""
+        return _replaced(self, changes)
+
+
+@dataclass(slots=True)
+class DenoiseCall(_Timed):
     """One call of a denoiser (or of a language model's forward).
 
     ``args`` and ``kwargs`` are exactly what the pipeline passed; change them, call ``next(call)`` as often as needed,
@@ -160,30 +196,12 @@ class DenoiseCall:
     kwargs: dict[str, Any]
     moment: Moment
     state: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
     ledger: Ledger = None  # type: ignore[assignment]
-
-    @property
-    def step(self) -> int | None:
-        """Number of the denoising step, from 0; None where nobody tells."""
-        return self.moment.step
-
-    @property
-    def total(self) -> int | None:
-        """How many steps the run has; None where nobody tells."""
-        return self.moment.total
-
-    @property
-    def branch(self) -> str:
-        """Guidance pass; see :class:`Moment`."""
-        return self.moment.branch
 
     def replace(self, **changes: Any) -> DenoiseCall:
         """A copy of this call with some fields changed; ``kwargs`` is copied so that it can be edited."""
-        other = copy.copy(self)
-        other.kwargs = dict(self.kwargs)
-        for name, value in changes.items():
-            setattr(other, name, value)
-        return other
+        return _replaced(self, changes)
 
 
 @dataclass(slots=True)
@@ -198,6 +216,7 @@ class RunCall:
     kwargs: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
     ledger: Ledger = None  # type: ignore[assignment]
 
     @property
@@ -207,13 +226,21 @@ class RunCall:
 
     def replace(self, **changes: Any) -> RunCall:
         """A copy of this call with some fields changed; ``kwargs`` is copied so that it can be edited."""
-        other = copy.copy(self)
-        other.kwargs = dict(self.kwargs)
-        for name, value in changes.items():
-            setattr(other, name, value)
-        return other
+        return _replaced(self, changes)
+
+
+C = TypeVar("C", BlockCall, DenoiseCall, RunCall)
+
+
+def _replaced(call: C, changes: dict[str, Any]) -> C:
+    other = copy.copy(call)
+    other.kwargs = dict(call.kwargs)
+    for name, value in changes.items():
+        setattr(other, name, value)
+    return other
 
 
 Attend = Callable[[AttentionCall], Tensor]
+AroundBlock = Callable[[BlockCall], Any]
 Denoise = Callable[[DenoiseCall], Any]
 Run = Callable[[RunCall], Any]

@@ -10,9 +10,11 @@ from typing import Any
 from patchkit import arguments, clock, compiled, instance
 from patchkit.adapters import adapter_for
 from patchkit.adapters.base import unwrap
+from patchkit.blocks import Blocks
 from patchkit.bound import Bound
 from patchkit.chains import around_denoise, attend_chain, run_chain
 from patchkit.context import Denoise, DenoiseCall, Moment, RunCall
+from patchkit.drift import swapped
 from patchkit.entry import alive, enter
 from patchkit.errors import Conflict
 from patchkit.journal import Journal
@@ -43,6 +45,7 @@ class Installation:
         self.unheard: set[str] = set()  # recipes around a call that happened inside a compiled graph
         self.inside: set[str] = set()  # components whose model is running
         self._moments: dict[str, Moment] = {}  # of the denoise chains that are running
+        self.blocks = Blocks(self)
         for site in self.sites:
             site.tracker = self.tracker
 
@@ -109,6 +112,7 @@ class Installation:
                 if site not in self.installed:
                     self.installed.add(site)  # first: a failure inside is taken back for it
                     self.adapter.install(site, self.journal, site, self.slot)
+        self.blocks.install(bounds, self.journal)
         self.bound.extend(bounds)
         self.rebuild()
 
@@ -120,15 +124,20 @@ class Installation:
             return []
         return self.close()
 
-    def withdraw(self, owner: object, keep: set[Site], everything: bool) -> None:
+    def present(self) -> tuple[set[Site], set[int]]:
+        """What is installed now, for :meth:`withdraw`."""
+        return set(self.installed), set(self.blocks.installed)
+
+    def withdraw(self, owner: object, keep: tuple[set[Site], set[int]], everything: bool) -> None:
         """A patch failed half-way through coming: leave things as they were before it."""
         if everything:
             self.close()
             return
         self.bound = [b for b in self.bound if b.owner is not owner]
-        for site in self.installed - keep:
+        for site in self.installed - keep[0]:
             self.journal.undo(site)
-        self.installed = set(keep)
+        self.installed = set(keep[0])
+        self.blocks.withdraw(keep[1], self.journal)
         self.rebuild()
 
     def close(self) -> list[str]:
@@ -136,10 +145,11 @@ class Installation:
         self.slot.closed = True
         for site in self.sites:
             site.chain = site.tracker = None  # sites may live on in a plan; the pipeline must not because of that
-        drift = self._swapped() + self.journal.undo()
+        drift = swapped(self) + self.journal.undo()
         self.adapter.close()
         self.installed.clear()
         self.bound.clear()
+        self.blocks = Blocks(self)
         return drift
 
     # --- chains -----------------------------------------------------------------------------------------------
@@ -158,6 +168,7 @@ class Installation:
                     wrapping.setdefault(site, []).append(bound)
         for site in self.sites:
             site.chain = attend_chain(site, wrapping.get(site, []))
+        self.blocks.around = [b for b in active if b.recipe.wraps("block")]
         self._denoisers = [b for b in active if b.recipe.wraps("denoise")]
         self._runners = [b for b in active if b.recipe.wraps("run")]
 
@@ -195,7 +206,8 @@ class Installation:
             inputs = self.tracker.bind(inner, call.args, call.kwargs)
             self.inside.add(component)
             try:
-                with self.tracker.frames(self._frames_of(component), call.moment, inner, inputs):
+                frames = self._frames_of(component)
+                with self.tracker.frames(frames, call.moment, inner, inputs), self.blocks.watch(frames):
                     return original(module, *call.args, **call.kwargs)
             finally:
                 self.inside.discard(component)
@@ -259,35 +271,12 @@ class Installation:
     def clear(self) -> None:
         """Drop every recipe's state."""
         for bound in self.bound:
-            bound.states.clear()
+            bound.clear()
 
     def forget(self) -> None:
         """Start the ledgers anew."""
         for bound in self.bound:
             bound.ledgers.clear()
-
-    # --- what others did --------------------------------------------------------------------------------------
-
-    def drift(self) -> list[str]:
-        """What others have replaced since it was installed, and what they keep from the recipes."""
-        found = self._swapped() + self.journal.drift()
-        wrapped = "torch.compile or peft was put around a patched model; apply to the wrapper instead"
-        if self.tracker.blind:
-            found.append(
-                "attention ran outside any call of the model that we see: step, branch and grid were unknown there "
-                f"({wrapped})"
-            )
-        if self.unheard:
-            found.append(f"{', '.join(sorted(self.unheard))} could not stand around the model's calls ({wrapped})")
-        return found
-
-    def _swapped(self) -> list[str]:
-        present = dict(self.adapter.holders())
-        return [
-            f"{name} is now another {type(present.get(name)).__name__}: it runs unpatched"
-            for name, inner in self.entered.items()
-            if unwrap(present.get(name)) is not inner
-        ]
 
 
 def find(target: Any) -> Installation | None:

@@ -32,8 +32,12 @@ def original_class(obj: Any) -> type:
 
 def override(journal: Journal, owner: object, obj: Any, methods: dict[str, Callable[..., Any]], mark: Any) -> None:
     """Give ``obj`` a subclass in which ``methods`` stand before its own; ``mark`` is found again by :func:`mark_of`."""
-    original = type(obj)
-    journal.set(owner, obj, "__class__", subclass(original, methods, mark, _posing(type(original))))
+    journal.set(owner, obj, "__class__", subclass_of(type(obj), methods, mark))
+
+
+def subclass_of(original: type, methods: dict[str, Callable[..., Any]], mark: Any) -> type:
+    """The subclass that :func:`override` gives to an instance; several instances can share it."""
+    return subclass(original, methods, mark, _posing(type(original)))
 
 
 def _posing(kind: type) -> type:

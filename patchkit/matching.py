@@ -34,7 +34,7 @@ def select(recipe: Recipe, installation: Installation) -> Selection:
     layers = Indices.parse(recipe.layers, f"{where}, option 'layers'")
     counts = {s.component: s.layers for s in installation.sites}
     _check_range(layers, max(counts.values(), default=0), f"{where}, option 'layers'", "blocks")
-    heads = Indices.parse(recipe.heads, f"{where}, option 'heads'")
+    heads = recipe.head_numbers(f"{where}, option 'heads'")
     _check_range(heads, max((s.heads for s in installation.sites), default=0), f"{where}, option 'heads'", "heads")
     chosen = {component: layers.resolve(count) for component, count in counts.items()}
     matched, left = [], []

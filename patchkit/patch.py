@@ -28,7 +28,7 @@ class Patch:
         self._left = [s.reasons() for s in selections]
         self._last: Report | None = None
         fresh = not installation.bound
-        before = set(installation.installed)
+        before = installation.present()
         try:
             if fresh:
                 installation.open()
@@ -70,7 +70,7 @@ class Patch:
         installation = self._live()
         for bound in self._bounds:
             bound.enabled = on
-            bound.states.clear()
+            bound.clear()
         installation.rebuild()
 
     def report(self) -> Report:

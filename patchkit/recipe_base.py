@@ -13,7 +13,7 @@ from patchkit.errors import InvalidOption, nearest
 from patchkit.selection import Indices, StepWindow
 
 if TYPE_CHECKING:
-    from patchkit.context import AttentionCall, DenoiseCall, RunCall
+    from patchkit.context import AttentionCall, BlockCall, DenoiseCall, RunCall
     from patchkit.sites import Site
 
 Effect = Literal["replaces", "adjusts"]
@@ -24,9 +24,9 @@ R = TypeVar("R", bound="Recipe")
 class Recipe:
     """Base of all recipes. Subclass it with a frozen dataclass whose fields are the method's options.
 
-    Override any of :meth:`attend`, :meth:`denoise` and :meth:`run`. Each gets a context object and ``next``, the rest
-    of the chain, and may change the inputs, call ``next`` once, many times or never, and change the result. A method
-    that is not overridden costs nothing.
+    Override any of :meth:`attend`, :meth:`block`, :meth:`denoise` and :meth:`run`. Each gets a context object and
+    ``next``, the rest of the chain, and may change the inputs, call ``next`` once, many times or never, and change the
+    result. A method that is not overridden costs nothing.
 
     The fields below are common to all recipes and say where and when it works.
 
@@ -61,8 +61,8 @@ class Recipe:
         for name, adapter in _adapters(type(self)).items():
             object.__setattr__(self, name, _checked(type(self), name, adapter, getattr(self, name)))
         where = f"recipe {self.name or type(self).__name__!r}"
-        for name in ("layers", "heads"):
-            Indices.parse(getattr(self, name), f"{where}, option {name!r}")
+        Indices.parse(self.layers, f"{where}, option 'layers'")
+        self.head_numbers(f"{where}, option 'heads'")
         StepWindow.parse(self.steps, f"{where}, option 'steps'")
         if self.heads is not None and not self.uses_heads:
             raise InvalidOption("this recipe does not work per head", f"{where}, option 'heads'", "leave it out")
@@ -84,6 +84,14 @@ class Recipe:
         """Stand around one attention op. Returns (B, H, Nq, D)."""
         raise NotImplementedError  # never installed unless overridden
 
+    def block(self, call: BlockCall, next: Callable[[BlockCall], Any]) -> Any:
+        """Stand around one transformer block. Returns what the block returns.
+
+        Called for every block of the components in which the recipe has selected sites. Inside a model that is compiled
+        whole it is not called, which the report says.
+        """
+        raise NotImplementedError
+
     def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:
         """Stand around one denoiser forward. Returns what the denoiser returns."""
         raise NotImplementedError
@@ -103,10 +111,14 @@ class Recipe:
         """Predicted attention FLOPs as a share of dense ones, over ``total`` steps at ``tokens`` tokens."""
         return 1.0
 
+    def head_numbers(self, where: str = "heads") -> Indices:
+        """The heads that the option ``heads`` selects in every layer. Override it where it means something else."""
+        return Indices.parse(self.heads, where)
+
     # --- for everybody ----------------------------------------------------------------------------------------
 
     def wraps(self, level: str) -> bool:
-        """Whether this recipe overrides ``level`` (``"attend"``, ``"denoise"`` or ``"run"``)."""
+        """Whether this recipe overrides ``level`` (``"attend"``, ``"block"``, ``"denoise"`` or ``"run"``)."""
         return getattr(type(self), level) is not getattr(Recipe, level)
 
     def selects(self) -> bool:

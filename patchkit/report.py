@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchkit.bound import Bound
+from patchkit.drift import drift
 from patchkit.installation import Installation
 from patchkit.text import table
 
@@ -60,7 +61,7 @@ def make_report(installation: Installation, bounds: list[Bound], left: list[dict
             "enabled": enabled,
             "recipes": [_recipe(b, reasons) for b, reasons in zip(bounds, left, strict=True)],
             "foreign": installation.adapter.foreign(),
-            "drift": installation.drift(),
+            "drift": drift(installation),
         }
     )
 

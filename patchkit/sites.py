@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,7 @@ class Site:
         kind: ``self``, ``cross`` or ``joint`` (text and visual tokens in one sequence).
         layer: number of its block, in the order in which blocks run; several sites of a block share it.
         layers: how many blocks the component has.
+        order: 0 for the first attention of its block, 1 for the second ...
         heads: query heads.
         text_side: where the text stands in a joint sequence.
         unsupported: why it cannot be patched at all, or None.
@@ -48,6 +50,7 @@ class Site:
     text_side: Side | None = None
     unsupported: str | None = None
     layers: int = 0
+    order: int = 0
     number: int = field(default_factory=lambda: next(_numbers))
     chain: Attend | None = None  # None: nothing stands around the op
     terminal: Attend | None = None  # the model's own op
@@ -114,8 +117,11 @@ def execution_order(names: list[str], blocks: tuple[str, ...]) -> list[str]:
 def number_layers(sites: list[Site], block_of: Callable[[str], str]) -> None:
     """Fill ``layer`` and ``layers``: sites of one component that share a block share its number."""
     seen: dict[str, dict[str, int]] = {}
+    inside: Counter[tuple[str, int]] = Counter()
     for site in sites:
         blocks = seen.setdefault(site.component, {})
         site.layer = blocks.setdefault(block_of(site.name), len(blocks))
+        site.order = inside[site.component, site.layer]
+        inside[site.component, site.layer] += 1
     for site in sites:
         site.layers = len(seen[site.component])

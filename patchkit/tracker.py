@@ -210,6 +210,13 @@ class Tracker:
         self._grids[component] = (key, grid)
         return grid
 
+    def moment_of(self, component: str) -> Moment:
+        """Of the call of a component that is running; an empty one if none is."""
+        known = self._frames or ([self._heard] if self._heard else [])
+        if not known and torch._C._current_graph_task_id() != -1:  # a checkpointed block runs again in the backward
+            known = self._recent
+        return next((f.moment for f in reversed(known) if f.component == component), Moment())
+
     # --- attention calls --------------------------------------------------------------------------------------
 
     def fill(self, call: AttentionCall) -> None:

@@ -51,6 +51,18 @@ class Adapter(abc.ABC):
         """Every attention module, in execution order, also those that cannot be patched."""
 
     @abc.abstractmethod
+    def block_name(self, name: str) -> str:
+        """Name of the transformer block that an attention module stands in, relative to :meth:`root`."""
+
+    @abc.abstractmethod
+    def root(self, component: str) -> torch.nn.Module:
+        """The module that names of sites of a component are relative to."""
+
+    def chained(self, component: str) -> bool:
+        """Whether each block of a list hands what it returns to the next one and to nothing else."""
+        return False
+
+    @abc.abstractmethod
     def install(self, site: Site, journal: Journal, owner: object, slot: Any) -> None:
         """Lead the op of ``site`` to its chain."""
 

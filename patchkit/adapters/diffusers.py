@@ -61,6 +61,17 @@ class DiffusersAdapter(Adapter):
             sites.extend(_sites_of(component, unwrap(module)))
         return sites
 
+    def block_name(self, name: str) -> str:
+        return _block(name)
+
+    def root(self, component: str) -> torch.nn.Module:
+        inner: torch.nn.Module = unwrap(self.components()[component])
+        return inner
+
+    def chained(self, component: str) -> bool:
+        facts = DENOISERS.get(_class_name(self.root(component)))
+        return facts is not None and facts.chained
+
     def install(self, site: Site, journal: Journal, owner: object, slot: rebind.Slot) -> None:
         processor = site.module.processor
         site.terminal = rebind.terminal(site, processor)
@@ -177,8 +188,12 @@ def _sites_of(component: str, module: torch.nn.Module) -> list[Site]:
         kind, side = _kind(name, part, facts)
         heads = int(getattr(part, "heads", 0) or getattr(part, "num_heads", 0) or 0)
         sites.append(Site(component, name, part, kind, 0, heads, side, rebind.probe(part.processor)))
-    number_layers(sites, lambda name: name.rpartition(".")[0])
+    number_layers(sites, _block)
     return sites
+
+
+def _block(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _is_attention(module: torch.nn.Module) -> bool:

@@ -27,6 +27,7 @@ class Denoiser:
         grid: reads the shape of the visual tokens from the module and its inputs.
         blocks: prefixes in the order in which they run, where that is not the order of definition.
         ignore: attention that no selection means (text refiners).
+        chained: whether each block of a list hands what it returns to the next one and to nothing else.
     """
 
     pipeline: str
@@ -34,6 +35,7 @@ class Denoiser:
     grid: Callable[[Any, Inputs], Grid | None]
     blocks: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    chained: bool = True
 
 
 def _up(length: int, patch: int | None) -> int:
@@ -99,7 +101,7 @@ _SELF_CROSS: tuple[Rule, ...] = ((r".*\.attn1", "self", None), (r".*\.attn2", "c
 _UNET = ("down_blocks", "mid_block", "up_blocks")
 
 DENOISERS: dict[str, Denoiser] = {
-    "UNet2DConditionModel": Denoiser("sd", (*_SELF_CROSS, (r".*", "self", None)), _unet, _UNET),
+    "UNet2DConditionModel": Denoiser("sd", (*_SELF_CROSS, (r".*", "self", None)), _unet, _UNET, chained=False),
     "SD3Transformer2DModel": Denoiser("sd3", ((r".*\.attn", "joint", "last"), (r".*\.attn2", "self", None)), _image),
     "FluxTransformer2DModel": Denoiser("flux", ((r".*\.attn", "joint", "first"),), _flux),
     "PixArtTransformer2DModel": Denoiser("pixart", _SELF_CROSS, _image),

@@ -62,6 +62,13 @@ class TransformersAdapter(Adapter):
         number_layers(sites, _block)
         return sites
 
+    def block_name(self, name: str) -> str:
+        return _block(name)
+
+    def root(self, component: str) -> torch.nn.Module:
+        target: torch.nn.Module = self.target
+        return target
+
     def install(self, site: Site, journal: Journal, owner: object, slot: Any) -> None:
         _register()
         # somebody may have kept a config of ours beyond its patch

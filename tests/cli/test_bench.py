@@ -113,7 +113,7 @@ def test_the_attention_share_is_that_of_the_sites(pipe, monkeypatch):
     half = measure_share(loaded, inputs, set(names[:1]))
     assert whole.attention >= 2 * len(names) * 0.02
     assert whole.other == 0
-    assert half.attention == pytest.approx(half.other, rel=0.3)
+    assert half.attention == pytest.approx(half.other, rel=0.5)
     assert whole.denoiser >= whole.attention
     assert whole.call["q"][2] == whole.call["k"][2]
     seconds, share = whole.run(100)
