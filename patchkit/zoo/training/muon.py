@@ -26,7 +26,10 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For weight matrices only. ``lr`` is the length of an update's singular values (before the shape factor)."""
+    """For weight matrices, and convolutions seen as matrices with a row for each output channel.
+
+    ``lr`` is the length of an update's singular values (before the shape factor).
+    """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -39,12 +42,13 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
+                rows, columns = shape[0], shape.numel() // shape[0]
                 updates = []
                 for p in params:
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     gradient: Tensor = p.grad  # type: ignore[assignment]  # filtered above
                     buffer.lerp_(gradient, 1 - group["momentum"])
-                    updates.append(gradient.lerp(buffer, group["momentum"]))
-                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                    updates.append(gradient.lerp(buffer, group["momentum"]).reshape(rows, columns))
+                scale = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for p, update in zip(params, orthogonalise(torch.stack(updates)), strict=True):
-                    p.add_(update, alpha=-scale)
+                    p.add_(update.view(shape), alpha=-scale)
