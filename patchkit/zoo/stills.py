@@ -169,6 +169,7 @@ def sample_description(rng: random.Random, pairs: float = 0.6, held_out: Sequenc
     """
     kind = rng.random()
     count = 2 if kind < pairs else 0 if kind > 0.97 else 1
+    count = max(count, min({"": 0, "item": 1, "scene": 2}[name] for name in held_out))
     while True:
         found = rng.choice(descriptions(count))
         if found.held_out in held_out:

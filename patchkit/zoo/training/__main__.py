@@ -1,4 +1,4 @@
-"""Train a model of the zoo from nothing: ``python -m patchkit.zoo.training video --out DIR``.
+"""Train a model of the zoo from nothing: ``python -m patchkit.zoo.training video|image --out DIR``.
 
 All stages one after another, each with its defaults: denoiser, decoder, assembly, evaluation. A stopped run continues
 at its last checkpoint when the same command is given again. The packaged weights are replaced with ``--install`` only.
@@ -11,7 +11,17 @@ import argparse
 from pathlib import Path
 
 from patchkit import zoo
-from patchkit.zoo.training import assemble, evaluate, plot, video, video_vae
+from patchkit.zoo.training import (
+    assemble,
+    evaluate,
+    image,
+    image_assemble,
+    image_evaluate,
+    image_vae,
+    plot,
+    video,
+    video_vae,
+)
 
 
 def train_video(out: Path, model: Path, threads: int) -> None:
@@ -24,7 +34,17 @@ def train_video(out: Path, model: Path, threads: int) -> None:
     plot.main([str(out / "loss.png"), f"denoiser={out / 'denoiser' / 'log.jsonl'}"])
 
 
-MODELS = {"video": train_video}
+def train_image(out: Path, model: Path, threads: int) -> None:
+    """``zoo/image``: some hours on two cores."""
+    denoiser, vae, common = str(out / "denoiser"), str(out / "vae"), ["--threads", str(threads)]
+    image.main(["--out", denoiser, *common])
+    image_vae.main(["--out", vae, *common])
+    image_assemble.main(["--denoiser", denoiser, "--vae", vae, "--out", str(model)])
+    image_evaluate.main(["--model", str(model), "--out", str(out / "evaluation"), *common])
+    plot.main([str(out / "loss.png"), f"denoiser={out / 'denoiser' / 'log.jsonl'}"])
+
+
+MODELS = {"video": train_video, "image": train_image}
 
 
 def main() -> None:
@@ -36,7 +56,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    model = zoo.path(args.model) if args.install else args.out / "model"
+    model = Path(zoo.__file__).parent / args.model if args.install else args.out / "model"
     MODELS[args.model](args.out, model, args.threads)
 
 
