@@ -39,7 +39,7 @@ CENTRE, SIDE, APART = 0.09, 0.13, 0.25  # of the picture's width: reach of the c
 
 @dataclass(frozen=True)
 class Found:
-    """An object. ``x`` and ``y`` are the middle of its bounding box and ``area`` its cover, as shares of the picture."""
+    """An object. ``x``, ``y`` (middle of its bounding box) and ``area`` (its cover) are shares of the picture."""
 
     colour: str
     shape: str

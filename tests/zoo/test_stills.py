@@ -63,7 +63,7 @@ def test_what_is_held_out_never_comes_and_does_not_depend_on_the_wording():
     assert len(items) == 15
     assert not items & stills.HELD_OUT_ITEMS
     assert {i.colour for d in seen for i in d.items} == set(COLOURS)  # every word is seen, in other company
-    kinds = {kind: 0 for kind in ("", "item", "scene")}
+    kinds = dict.fromkeys(("", "item", "scene"), 0)
     for description in stills.descriptions(2):
         assert description.held_out == description.reversed.held_out
         kinds[description.held_out] += 1

@@ -1,8 +1,9 @@
 """Build and train the VAE of ``zoo/image``: ``python -m patchkit.zoo.training.image_vae --out DIR``.
 
 The encoder is written down, not learned: it computes the 4x4 area mean of the picture, so the denoiser's training
-needs no encoder and every latent is a place. The decoder is learned on such latents. It must reproduce the grain, which
-carries the noise of an inverted picture; so noise is added to its inputs at outlines only, where it teaches clean edges.
+needs no encoder and every latent is a place. The decoder is learned on such latents. It must reproduce the grain,
+which carries the noise of an inverted picture; so noise is added to its inputs at outlines only, where it teaches clean
+edges.
 """
 
 from __future__ import annotations
