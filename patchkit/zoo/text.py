@@ -50,7 +50,8 @@ def clip_tokenizer() -> CLIPTokenizer:
             pieces.append(parts[0] + parts[1])
             parts = _merge(parts, merges)
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=CLIP_TOKENS)
+    rules: Any = list(merges)  # annotated as strings, but pairs are what the class hands on
+    return CLIPTokenizer(vocab=vocabulary, merges=rules, model_max_length=CLIP_TOKENS)
 
 
 def _merge(parts: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
