@@ -1,9 +1,8 @@
-"""The commands that load a model: run, compare, plan."""
+"""The commands that load a model for one recipe file: run and plan; and what they share with others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,38 +41,8 @@ def run(
         from patchkit.runs import running
 
         wanted = flags | ({} if compare is None else {"compare": compare})
-        file = _read(source, lambda document: overrides.apply(document, wanted))
-        _show(out, running.run(running.job_of(file), say=out.say, bars=out.bars))
-
-
-@flag.shared(flag.ALL)
-def compare(
-    first: Annotated[str, typer.Argument(metavar="A", help="A recipe file, a recipe's name, or `dense`.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
-    flags: dict[str, Any],
-    json_: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Run A and B with the same prompt and seed; show times and distances.
-
-    Model and inputs are those of A (of B if A is `dense`); B is measured against A. Files go to out/A-vs-B/ unless
-    --output says otherwise.
-    """
-    with Output(json=json_, quiet=quiet, debug=debug).guarded() as out:
-        heavy(out)
-        from patchkit.runs import running
-
-        labels = (_label(first), _label(second))
-        wanted = {"output": f"out/{labels[0]}-vs-{labels[1]}/", **flags}
-        used: set[str] = set()
-        files = [
-            None if n == "dense" else _read(n, lambda d: used.update(overrides.apply(d, wanted, strict=False)))
-            for n in (first, second)
-        ]
-        overrides.refuse_unused(flags.get("set", ()), used)
-        job = running.comparison(files[0], files[1], labels)
-        _show(out, running.run(job, say=out.say, bars=out.bars))
+        file = read(source, lambda document: overrides.apply(document, wanted))
+        show_run(out, running.run(running.job_of(file), say=out.say, bars=out.bars))
 
 
 @flag.shared(flag.MODEL)
@@ -89,13 +58,14 @@ def plan(
         heavy(out)
         from patchkit.runs import running
 
-        file = _read(source, lambda document: overrides.apply(document, flags))
+        file = read(source, lambda document: overrides.apply(document, flags))
         found = running.plan(file, say=out.say, bars=out.bars)
         out.text(str(found))
         out.data(found.to_dict())
 
 
-def _read(name: str, change: Callable[[Document], Any]) -> RecipeFile:
+def read(name: str, change: Callable[[Document], Any]) -> RecipeFile:
+    """The recipe file behind what a user typed, with the command's options in it."""
     from patchkit.recipe_files import files
 
     document = files.locate(name)
@@ -103,11 +73,7 @@ def _read(name: str, change: Callable[[Document], Any]) -> RecipeFile:
     return files.parse(document)
 
 
-def _label(name: str) -> str:
-    return Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace("/", "-")
-
-
-def _show(out: Output, result: RunResult) -> None:
+def show_run(out: Output, result: RunResult) -> None:
     """Report, figures and files of a run."""
     for text in result.report.values():
         out.text(text)

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from patchkit.cli import bench, commands, scaffold, show
+from patchkit.cli.compare import compare
 from patchkit.cli.console import BAD_INPUT, INTERRUPTED, TERMINATED
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer names only its subclass in public
@@ -100,7 +101,7 @@ def _start(
 
 
 app.command("run")(commands.run)
-app.command("compare")(commands.compare)
+app.command("compare")(compare)
 app.command("plan")(commands.plan)
 app.command("bench")(bench.bench)
 app.command("list")(show.list_recipes)

@@ -38,6 +38,31 @@ def ssim(a: Tensor, b: Tensor) -> float:
     return float((luminance * structure).mean())
 
 
+def outside(a: Tensor, b: Tensor, mask: Tensor) -> dict[str, float]:
+    """How well ``b`` keeps what ``a`` shows outside a mask: PSNR in dB (inf if equal there) and mean absolute error.
+
+    Args:
+        a: (F, 3, H, W) in [0, 1].
+        b: the same shape.
+        mask: (F, H, W) or (1, H, W), true where a change is wanted; ``share`` tells how much lies outside it.
+    """
+    _check(a, b)
+    if mask.ndim != 3 or mask.shape[0] not in (1, a.shape[0]) or mask.shape[1:] != a.shape[2:]:
+        raise InvalidOption(
+            f"a mask of shape {tuple(mask.shape)} does not fit videos of {tuple(a.shape)}",
+            remedy="give (F, H, W) or (1, H, W) with the size of the pictures",
+        )
+    kept = (~mask.bool()).unsqueeze(1).expand_as(a)
+    if not kept.any():
+        raise InvalidOption("the mask covers everything, so nothing is outside it")
+    error = (a.double() - b.double())[kept]
+    return {
+        "psnr": float(-10 * torch.log10(error.square().mean())),
+        "mae": float(error.abs().mean()),
+        "share": float(kept.double().mean()),
+    }
+
+
 def _blur(pictures: Tensor) -> Tensor:
     """Gaussian means of (n, 1, H, W) pictures, only where the window fits."""
     offsets = torch.arange(_WINDOW, dtype=torch.float64, device=pictures.device) - _WINDOW // 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patchkit.errors import InvalidOption
-from patchkit.metrics import psnr, ssim
+from patchkit.metrics import outside, psnr, ssim
 
 
 def _pair(shape, noise, seed=0):
@@ -49,3 +49,27 @@ def test_refuses_what_it_cannot_compare():
         ssim(a[..., :8], a[..., :8])
     with pytest.raises(InvalidOption, match="floating"):
         ssim(a.to(torch.uint8), a.to(torch.uint8))
+
+
+def test_outside_a_mask():
+    """Changes inside the mask do not count; 0.1 everywhere outside is 20 dB."""
+    a = torch.full((2, 3, 8, 8), 0.5)
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[:, :4] = True
+    b = torch.where(mask.unsqueeze(1), torch.rand(2, 3, 8, 8), a)
+    assert outside(a, b, mask) == {"psnr": math.inf, "mae": 0.0, "share": 0.5}
+    assert outside(a, b + 0.1, mask) == pytest.approx({"psnr": 20.0, "mae": 0.1, "share": 0.5}, rel=1e-5)
+    each = mask.expand(2, 8, 8).clone()
+    each[1] = False
+    assert outside(a, b, each)["share"] == 0.75
+    assert outside(a, b, each)["psnr"] < 40
+    nothing = torch.zeros(1, 8, 8, dtype=torch.bool)
+    assert outside(a, b, nothing)["psnr"] == pytest.approx(psnr(a, b))
+
+
+def test_masks_that_do_not_fit():
+    a = torch.zeros(2, 3, 8, 8)
+    with pytest.raises(InvalidOption, match="does not fit"):
+        outside(a, a, torch.zeros(3, 8, 8))
+    with pytest.raises(InvalidOption, match="covers everything"):
+        outside(a, a, torch.ones(1, 8, 8))

@@ -168,13 +168,13 @@ class Measured:
 def carry_out(job: Job, loaded: Loaded, inputs: Mapping[str, Any], *, say: Say, bars: bool) -> Measured:
     """Call every variant with the same inputs and compare what they make; after a warm-up if there are several."""
     notes = list(job.notes)
-    warm = _warm_up(job, loaded, inputs, say, bars, notes) if len(job.variants) > 1 else None
+    warm = warm_up(job, loaded, inputs, say, bars, notes) if len(job.variants) > 1 else None
     produced, reports, texts = {}, {}, {}
     for variant in job.variants:
         say(
             f"running {variant.label}" + (f" ({', '.join(r.name for r in variant.recipes)})" if variant.recipes else "")
         )
-        with _patched(loaded, variant) as patch:
+        with patched(loaded, variant) as patch:
             arguments = job.inputs_for(variant, inputs)
             produced[variant.label] = calls.call(loaded, arguments, label=variant.label, bars=bars)
             if patch is not None:
@@ -216,7 +216,8 @@ def check_plan(job: Job, loaded: Loaded) -> None:
 
 
 @contextlib.contextmanager
-def _patched(loaded: Loaded, variant: Variant) -> Iterator[Any]:
+def patched(loaded: Loaded, variant: Variant) -> Iterator[Any]:
+    """The model with a variant's recipes on it for a while; gives the patch, None where there are no recipes."""
     if not variant.recipes:
         yield None
         return
@@ -226,7 +227,7 @@ def _patched(loaded: Loaded, variant: Variant) -> Iterator[Any]:
         yield patch
 
 
-def _warm_up(
+def warm_up(
     job: Job, loaded: Loaded, inputs: Mapping[str, Any], say: Say, bars: bool, notes: list[str]
 ) -> dict[str, Any]:
     """Call each variant shortly, so that none pays for first-time costs (caches, compiled kernels) when timed."""
@@ -237,7 +238,7 @@ def _warm_up(
     for variant in job.variants:
         arguments = job.inputs_for(variant, short)
         try:
-            with _silent(), _patched(loaded, variant):
+            with _silent(), patched(loaded, variant):
                 seconds[variant.label] = round(calls.call(loaded, arguments, label="warm-up", bars=bars).seconds, 4)
         except InvalidOption as error:  # a recipe may need more steps than these
             notes.append(f"{variant.label} was timed without a warm-up: {error.what}")

@@ -20,20 +20,12 @@ import torch
 from torch import Tensor
 
 from patchkit import media, zoo
+from patchkit.intervals import wilson
 from patchkit.zoo import world
 from patchkit.zoo.detect import ATTRIBUTES, Detection, detect
 from patchkit.zoo.world import Scene
 
 logger = logging.getLogger(__name__)
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a rate of ``right`` out of ``n``."""
-    rate = right / n
-    centre = rate + z * z / (2 * n)
-    half = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def draw_scenes(n: int, seed: int) -> list[Scene]:
