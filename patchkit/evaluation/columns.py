@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from patchkit.zoo.worlds import World
 
 Row = Mapping[str, Any]
 MIB = 2**20
+COSINE = (-1.0, 1.0)
 # How values of one variant become one figure, and how those of two variants are set against each other.
 _AVERAGES: dict[str, tuple[Callable[..., Interval], Callable[..., Interval]]] = {
     "share": (intervals.share, intervals.share_difference),
@@ -34,6 +36,7 @@ class Column:
         unit: behind the number.
         meaning: one sentence.
         read: a row's own figure, None where it has none.
+        limits: what it cannot be below or above, and neither can its interval.
     """
 
     key: str
@@ -45,10 +48,14 @@ class Column:
     unit: str
     meaning: str
     read: Callable[[Row], float | None]
+    limits: tuple[float, float] = (0.0, math.inf)
 
     def interval(self, values: list[float]) -> Interval:
         """The figure of one variant."""
-        return _AVERAGES[self.average][0](values)
+        value, low, high, n = _AVERAGES[self.average][0](values)
+        if low is None or high is None:
+            return Interval(value, low, high, n)
+        return Interval(value, max(low, self.limits[0]), min(high, self.limits[1]), n)
 
     def against(self, values: list[float], reference: list[float]) -> Interval | None:
         """The figure of one variant against another, sample by sample; None where a factor cannot be told."""
@@ -91,17 +98,29 @@ def columns(world: World | None) -> list[Column]:
         add(
             "psnr", "PSNR", "dense", "more", "mean", 1, "dB", f"likeness to {dense}, without equal ones", value("psnr")
         ),
-        add("ssim", "SSIM", "dense", "more", "mean", 3, "", f"likeness of structures to {dense}", value("ssim")),
+        add(
+            "ssim", "SSIM", "dense", "more", "mean", 3, "", f"likeness of structures to {dense}", value("ssim"), COSINE
+        ),
         add("lpips", "LPIPS", "dense", "less", "mean", 3, "", f"perceptual distance to {dense}", value("lpips")),
         add("identical", "identical", "dense", "", "share", 0, "", f"equal to {dense}", _identical),
-        add("outside_psnr", "outside PSNR", "edit", "more", "mean", 1, "dB", "likeness outside", value("outside_psnr")),
-        add("outside_mae", "outside error", "edit", "less", "mean", 2, "/255", "change outside", value("outside_mae")),
-        add("smoothness", "smoothness", "time", "more", "mean", 4, "", _SMOOTH, value("smoothness")),
-        add("smoothness_worst", "worst step", "time", "more", "mean", 4, "", _WORST, value("smoothness_worst")),
+        add("outside_psnr", "outside PSNR", "edit", "more", "mean", 1, "dB", _OUTSIDE, value("outside_psnr")),
+        add(
+            "outside_mae",
+            "outside error",
+            "edit",
+            "less",
+            "mean",
+            2,
+            "/255",
+            _CHANGE,
+            value("outside_mae"),
+        ),
+        add("smoothness", "smoothness", "time", "more", "mean", 4, "", _SMOOTH, value("smoothness"), COSINE),
+        add("smoothness_worst", "worst step", "time", "more", "mean", 4, "", _WORST, value("smoothness_worst"), COSINE),
         add("flicker", "flicker", "time", "less", "mean", 2, "/255", _FLICKER, value("flicker")),
-        add("clip_text", "CLIP text", "prompt", "more", "mean", 3, "", _CLIP, value("clip_text")),
-        add("clip_frames", "CLIP frames", "time", "more", "mean", 4, "", _FRAMES, value("clip_frames")),
-        add("dino_frames", "DINO frames", "time", "more", "mean", 4, "", _FRAMES, value("dino_frames")),
+        add("clip_text", "CLIP text", "prompt", "more", "mean", 3, "", _CLIP, value("clip_text"), COSINE),
+        add("clip_frames", "CLIP frames", "time", "more", "mean", 4, "", _FRAMES, value("clip_frames"), COSINE),
+        add("dino_frames", "DINO frames", "time", "more", "mean", 4, "", _FRAMES, value("dino_frames"), COSINE),
         add("seconds", "seconds", "cost", "less", "ratio", 2, "s", "of one call", cost("seconds")),
         add("peak_memory", "peak memory", "cost", "less", "ratio", 1, "MiB", "of one call", cost("peak_memory", MIB)),
         add("evaluations", "evaluations", "cost", "less", "ratio", 1, "", _EVALUATIONS, cost("evaluations")),
@@ -110,6 +129,8 @@ def columns(world: World | None) -> list[Column]:
     ]
 
 
+_OUTSIDE = "likeness where nothing should change"
+_CHANGE = "mean error where nothing should change"
 _SMOOTH = "how alike frames that follow each other are (colours and outlines), at most 1"
 _WORST = "the same for the two frames that differ most: jumps and flashes"
 _FLICKER = "trembling of what stands still, in levels of brightness"

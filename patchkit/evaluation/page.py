@@ -111,7 +111,12 @@ def _plots(summary: Mapping[str, Any], request: Request) -> str:
     for key, title in (("right", "all right"), ("psnr", "PSNR to dense, dB"), ("ssim", "SSIM to dense")):
         points = [(name, n, seconds[name], figure) for name, n, figure in table.estimates(summary, key)]
         if points and not (key == "ssim" and any(k == "psnr" for k, _ in found)):
-            found.append((key, _plot(title, plots.scatter(points, "seconds", title, percent=key == "right"))))
+            found.append(
+                (
+                    key,
+                    _plot(f"{title}, against seconds", plots.scatter(points, "seconds", title, percent=key == "right")),
+                )
+            )
     groups = [
         (c.title, [(name, n, figure) for name, n, figure in table.estimates(summary, c.key)])
         for c in table.shown(summary, request.world)

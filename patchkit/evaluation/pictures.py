@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALL = 128  # up to this side, pictures are kept exactly; larger ones are scaled down and compressed
+SMALL = 128  # up to this side, single pixels are shown
 LARGE = 320
 GAIN = 4  # of difference pictures
 FRAME_MILLISECONDS = 125
@@ -18,12 +18,15 @@ FRAME_MILLISECONDS = 125
 
 def animation(clip: Tensor) -> str:
     """A looping animation of (F, 3, H, W) bytes or [0, 1], or a still picture if there is one frame."""
+    if len(clip) == 1 and max(clip.shape[-2:]) <= SMALL:
+        return _encoded(_images(clip)[0], "png", optimize=True)
+    if max(clip.shape[-2:]) <= SMALL:  # compression halves the resolution of colours: that must not be seen
+        clip = clip.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
     frames = _images(clip)
-    exact = max(clip.shape[-2:]) <= SMALL
     more = {"save_all": True, "append_images": frames[1:], "duration": FRAME_MILLISECONDS, "loop": 0}
     moving = more if len(frames) > 1 else {}
     if _has_webp():
-        return _encoded(frames[0], "webp", lossless=exact, quality=60 if exact else 75, method=4, **moving)
+        return _encoded(frames[0], "webp", quality=80, method=4, **moving)
     return _encoded(frames[0], "gif" if moving else "png", **moving)
 
 

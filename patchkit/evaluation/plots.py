@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 WIDTH = 420  # in pixels of the drawing, which is about a phone's width: text stays readable there
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 14, 12, 40
 _ROW, _GAP, _NAME = 17, 12, 110
 
 Estimate = Mapping[str, Any]  # value, low, high
@@ -33,7 +33,7 @@ def scatter(
     Args:
         points: (name, number of its colour, x, y).
         x_title: under the axis.
-        y_title: beside the axis.
+        y_title: what stands over the plot.
         percent: whether y are shares.
     """
     height = 260
@@ -60,8 +60,7 @@ def scatter(
         right = px < WIDTH * 0.6
         parts.append(_text(px + (9 if right else -9), label - 5, name, "start" if right else "end", "name") + "</g>")
     parts.append(_text((_LEFT + WIDTH) / 2, height - 6, x_title, "middle"))
-    parts.append(f'<text transform="translate(12 {height / 2 - 14:.0f}) rotate(-90)" text-anchor="middle">')
-    return _svg(height, [*parts, f"{escape(y_title)}</text>"], f"{y_title} against {x_title}")
+    return _svg(height, parts, f"{y_title} against {x_title}")
 
 
 def bars(groups: Sequence[tuple[str, Sequence[tuple[str, int, Estimate]]]], title: str) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from patchkit.evaluation.cases import Case
 from patchkit.evaluation.counting import counting, peak_memory
 from patchkit.evaluation.learned import Learned
 from patchkit.evaluation.measures import Result
+from patchkit.evaluation.progress import Clock, Progress
 from patchkit.evaluation.request import Request
 from patchkit.evaluation.store import Store
 from patchkit.evaluation.summary import summarise
@@ -24,20 +23,6 @@ from patchkit.runs.loading import Loaded
 from patchkit.runs.running import Variant
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a comparison is; ``left`` are the seconds that it will still take, None before that can be told."""
-
-    done: int
-    total: int
-    what: str
-    left: float | None = None
-
-    def __str__(self) -> str:
-        left = "" if self.left is None else f", about {_duration(self.left)} left"
-        return f"sample {self.done + 1} of {self.total}: {self.what}{left}"
 
 
 @dataclass(frozen=True)
@@ -187,14 +172,14 @@ class _Runner:
         """Compute what is missing, and measure again what was measured otherwise."""
         missing = [s for s in samples if s.key not in self.store.rows]
         self._warm_up(missing, say, bars, notes)
-        clock = _Clock(missing)
+        clock = Clock([s.variant.label for s in missing])
         finished = len(samples) - len(missing)
         try:
             for sample in samples:
                 row = self.store.rows.get(sample.key)
                 if row is None:
                     progress(Progress(finished, len(samples), sample.what, clock.left()))
-                    with clock.timing(sample):
+                    with clock.timing(sample.variant.label):
                         self._make(sample, bars)
                     finished += 1
                 elif row["measured"] != self._measured(sample):
@@ -265,34 +250,3 @@ class _Runner:
             "first_seed": self.base_seed,
             **measure.circumstances(self.loaded),
         }
-
-
-class _Clock:
-    """How long what is missing will take, from what has been timed so far."""
-
-    def __init__(self, missing: list[Sample]) -> None:
-        self.missing = [s.variant.label for s in missing]
-        self.seconds: dict[str, list[float]] = {}
-
-    @contextlib.contextmanager
-    def timing(self, sample: Sample) -> Iterator[None]:
-        """Time one sample, with all that is measured on it."""
-        begun = time.perf_counter()
-        yield
-        self.seconds.setdefault(sample.variant.label, []).append(time.perf_counter() - begun)
-        self.missing.remove(sample.variant.label)
-
-    def left(self) -> float | None:
-        """Seconds; variants that were not timed yet are taken to be like the others."""
-        if not self.seconds:
-            return None
-        means = {label: sum(s) / len(s) for label, s in self.seconds.items()}
-        typical = sum(means.values()) / len(means)
-        return sum(means.get(label, typical) for label in self.missing)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -14,7 +14,7 @@ COLOURS = 8  # classes v0 to v7 of the page's style
 GROUPS = {
     "prompt": "as the prompt asks",
     "dense": "like the unpatched result",
-    "edit": "outside the mask",
+    "edit": "outside the objects or mask",
     "time": "in time",
     "cost": "cost",
     "recipe": "recipe",
@@ -36,10 +36,11 @@ def shown(summary: Summary, world: World | None) -> list[Column]:
 
 def spread(column: Column, figure: Mapping[str, Any]) -> str:
     """An interval as people read it."""
-    if figure["low"] is None:
+    if figure["low"] is None or figure["low"] == figure["high"]:
         return ""
     scale, digits = (100, 0) if column.average == "share" else (1, column.digits)
-    return f"{scale * figure['low']:.{digits}f} to {scale * figure['high']:.{digits}f}"
+    unit = " %" if column.average == "share" else ""
+    return f"{scale * figure['low']:.{digits}f} to {scale * figure['high']:.{digits}f}{unit}"
 
 
 def against(column: Column, figure: Mapping[str, Any]) -> tuple[str, str]:
@@ -49,12 +50,14 @@ def against(column: Column, figure: Mapping[str, Any]) -> tuple[str, str]:
         return "", ""
     value, low, high = found["value"], found["low"], found["high"]
     neutral = 1.0 if column.average == "ratio" else 0.0
+    if value == neutral and (column.average == "share" or low == high):
+        return "as dense", ""
     if column.average == "ratio":
-        text = f"x {value:.2f}"
+        text = f"x {value:.2f} against dense"
     elif column.average == "share":
-        text = f"{100 * value:+.0f} points"
+        text = f"{100 * value:+.0f} points against dense"
     else:
-        text = f"{value:+.{column.digits}f}"
+        text = f"{value:+.{column.digits}f} against dense"
     if low is None or high is None or not column.better or low <= neutral <= high:
         return text, ""
     return text, "up" if (low > neutral) == (column.better == "more") else "down"
@@ -89,25 +92,37 @@ def html(summary: Summary, world: World | None) -> str:
 def _cell(column: Column, summary: Summary, name: str, style: str, best: bool) -> str:
     figure = summary["variants"][name]["figures"].get(column.key)
     if figure is None:
-        why = "reference" if name == DENSE else "–"
+        why = "reference" if name == DENSE and column.group in ("dense", "edit") else "–"
         return f'<td class="{style}"><span class="soft">{why}</span></td>'
     top = 1.0 if column.average == "share" else _largest(column, summary)
-    width = 100 * max(0.0, figure["value"]) / top if top > 0 else 0.0
     text, direction = against(column, figure)
-    more = f'<small class="{direction}">{escape(text)} against dense</small>' if text else ""
+    more = f'<small class="{direction}">{escape(text)}</small>' if text else ""
     interval = spread(column, figure)
     few = "" if figure["n"] == summary["variants"][name]["samples"] else f" (n = {figure['n']})"
     return (
         f'<td class="{style}{" best" if best else ""}"><span class="num">{escape(column.text(figure["value"]))}</span>'
-        f'<div class="bar"><i style="width:{min(100.0, width):.1f}%"></i></div>'
+        f'<div class="bar"><i style="width:{_percent(figure["value"], top)}"></i>{_whisker(figure, top)}</div>'
         + (f"<small>{escape(interval + few)}</small>" if interval or few else "")
         + f"{more}</td>"
     )
 
 
 def _largest(column: Column, summary: Summary) -> float:
+    """The end of all intervals."""
     figures = (v["figures"].get(column.key) for v in summary["variants"].values())
-    return max((f["value"] for f in figures if f is not None), default=0.0)
+    return max((max(f["value"], f["high"] or 0.0) for f in figures if f is not None), default=0.0)
+
+
+def _percent(value: float, top: float) -> str:
+    return f"{100 * min(1.0, max(0.0, value / top)) if top > 0 else 0.0:.1f}%"
+
+
+def _whisker(figure: Mapping[str, Any], top: float) -> str:
+    """The interval, over the bar."""
+    if figure["low"] is None or top <= 0:
+        return ""
+    start = max(0.0, figure["low"])
+    return f'<b style="left:{_percent(start, top)};width:{_percent(figure["high"] - start, top)}"></b>'
 
 
 def markdown(summary: Summary, world: World | None) -> str:
