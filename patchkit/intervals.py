@@ -76,7 +76,8 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Interval:
 def ratio(values: Sequence[float], reference: Sequence[float]) -> Interval:
     """The geometric mean of paired ratios of positive numbers, with Student's t interval of their logarithms."""
     found = difference([math.log(v) for v in values], [math.log(v) for v in reference])
-    return Interval(*(None if v is None else math.exp(v) for v in found[:3]), found.n)  # type: ignore[arg-type]
+    low, high = (None if v is None else math.exp(v) for v in found[1:3])
+    return Interval(math.exp(found.value), low, high, found.n)
 
 
 def student(freedom: int, level: float = 0.95) -> float:

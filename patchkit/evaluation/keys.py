@@ -71,7 +71,7 @@ def weights(target: Any) -> str:
     """Of a loaded model, wherever it came from: names, shapes and some numbers of each weight, and its settings."""
     digest = hashlib.sha256()
     for name, part in sorted(_parts(target).items()):
-        config = getattr(part, "config", None)
+        config: Any = getattr(part, "config", None)
         plain = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
         plain = {k: v for k, v in plain.items() if not k.startswith("_")}
         digest.update(f"{name} {type(part).__qualname__} {json.dumps(plain, sort_keys=True, default=str)}".encode())

@@ -105,7 +105,7 @@ def _load(name: str, flag: str, loader: Callable[[], Any]) -> Any:
 def _clip(name: str, device: str) -> Callable[[Tensor, Tensor | None, str], dict[str, float]]:
     from transformers import CLIPModel, CLIPTokenizer
 
-    model: Any = _load(name, "--clip", lambda: CLIPModel.from_pretrained(name).to(device).eval())
+    model: Any = _load(name, "--clip", lambda: CLIPModel.from_pretrained(name)).to(device).eval()
     tokenizer: Any = _load(name, "--clip", lambda: CLIPTokenizer.from_pretrained(name))
     size = model.config.vision_config.image_size
     mean, deviation = _normalisation(name)
@@ -126,7 +126,7 @@ def _clip(name: str, device: str) -> Callable[[Tensor, Tensor | None, str], dict
 def _dino(name: str, device: str) -> Callable[[Tensor, Tensor | None, str], dict[str, float]]:
     from transformers import AutoModel
 
-    model: Any = _load(name, "--dino", lambda: AutoModel.from_pretrained(name).to(device).eval())
+    model: Any = _load(name, "--dino", lambda: AutoModel.from_pretrained(name)).to(device).eval()
     mean, deviation = _normalisation(name)
     size = 224 if getattr(model.config, "model_type", "").startswith("dino") else model.config.image_size
 

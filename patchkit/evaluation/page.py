@@ -107,7 +107,7 @@ def outside_meaning(request: Request) -> str:
 
 def _plots(summary: Mapping[str, Any], request: Request) -> str:
     seconds = {name: figure for name, _, figure in table.estimates(summary, "seconds")}
-    found = []
+    found: list[tuple[str, str]] = []
     for key, title in (("right", "all right"), ("psnr", "PSNR to dense, dB"), ("ssim", "SSIM to dense")):
         points = [(name, n, seconds[name], figure) for name, n, figure in table.estimates(summary, key)]
         if points and not (key == "ssim" and any(k == "psnr" for k, _ in found)):

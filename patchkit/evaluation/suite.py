@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ class _Runner:
         self.store = Store(request.output)
         self.inputs = {"seed": 0, **(loaded.defaults or {}), **request.job.file.inputs}
         self.base_seed = int(self.inputs["seed"])
+        self.circumstances = measure.circumstances(loaded)
         self.measuring = keys.of(
             {
                 "code": keys.measuring_code(),
@@ -225,7 +227,8 @@ class _Runner:
             "memory_means": memory.meaning,
             "density": measure.densities(report.to_dict()) if report is not None else None,
             "cautions": report.cautions() if report is not None else [],
-            **measure.circumstances(self.loaded),
+            **self.circumstances,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
         self.store.add(row | self._figures(sample, result), result)
 
@@ -248,5 +251,5 @@ class _Runner:
             "pipeline": type(self.loaded.target).__name__,
             "inputs": {n: v for n, v in self.inputs.items() if n not in ("prompt", "seed")},
             "first_seed": self.base_seed,
-            **measure.circumstances(self.loaded),
+            **self.circumstances,
         }

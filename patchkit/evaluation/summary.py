@@ -25,7 +25,7 @@ def summarise(request: Request, rows: Sequence[Row], missing: Mapping[str, str])
         missing: figure -> why it could not be had.
     """
     known = columns(request.world)
-    by_variant = {
+    by_variant: dict[str, dict[Any, Row]] = {
         v.label: {(r["case"], r["seed"]): r for r in rows if r["variant"] == v.label} for v in request.variants
     }
     dense = by_variant[DENSE]

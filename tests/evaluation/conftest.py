@@ -19,7 +19,7 @@ FILE = """\
 version: 1
 model: {model}
 recipes: [{{dimming: {{density: {density}}}}}]
-inputs: {{num_inference_steps: 2, height: 32, width: 32}}
+inputs: {{num_inference_steps: 1, height: 32, width: 32}}
 output: {output}/
 """
 
@@ -48,11 +48,15 @@ class Bench:
         return suite.run(self.request(**options), say=lambda text: None)
 
 
-def make_bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def make_bench(folder: Path) -> Bench:
     entry = tiny.PIPELINES["sd15"]
     model = folder / "model"
     entry.build().save_pretrained(model)
-    bench = Bench(entry.build(), folder, model)
+    return Bench(entry.build(), folder, model)
+
+
+def listen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count the calls of a comparison, and let it load the one pipeline."""
     real = calls.call
 
     def call(loaded, inputs, *, label, bars):
@@ -64,18 +68,19 @@ def make_bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
     monkeypatch.setattr(calls, "call", call)
     monkeypatch.setattr(loading, "load", lambda spec, quiet=False: loading.Loaded(bench.pipe, "pipeline"))
-    return bench
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A comparison that ran through; nothing is changed by then."""
+    bench = make_bench(tmp_path_factory.mktemp("bench"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        listen(bench, monkeypatch)
+        return bench, bench.run()
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
-    return make_bench(tmp_path, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A comparison that ran through."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        bench = make_bench(tmp_path_factory.mktemp("bench"), monkeypatch)
-        found = bench.run()
-        yield bench, found
+def finished(made, monkeypatch):
+    """The same, and its pipeline is what every load gives during a test."""
+    listen(made[0], monkeypatch)
+    return made
