@@ -29,7 +29,7 @@ def summarise(request: Request, rows: Sequence[Row], missing: Mapping[str, str])
         v.label: {(r["case"], r["seed"]): r for r in rows if r["variant"] == v.label} for v in request.variants
     }
     dense = by_variant[DENSE]
-    variants = {}
+    variants: dict[str, dict[str, Any]] = {}
     for variant in request.variants:
         own = by_variant[variant.label]
         figures = {c.key: _figure(c, own, None if variant.label == DENSE else dense) for c in known}
@@ -84,18 +84,10 @@ def _described(column: Column, variants: Mapping[str, Any]) -> dict[str, Any]:
 def _missing(
     known: Sequence[Column], variants: Mapping[str, Any], rows: Sequence[Row], reasons: Mapping[str, str]
 ) -> dict[str, str]:
-    """Figures that no variant has, and why."""
-    out = {}
-    text = rows[0]["kind"] == "text"
-    for column in known:
-        if any(column.key in v["figures"] for v in variants.values()):
-            continue
-        if (
-            column.key in reasons
-            and not text
-            and (column.key == "lpips" or rows[0]["kind"] == "video" or "text" in column.key)
-        ):
-            out[column.key] = reasons[column.key]
-        elif column.key == "peak_memory":
-            out[column.key] = rows[0]["memory_means"]
-    return out
+    """Figures that results of this kind could have but no variant has, and why."""
+    kind = rows[0]["kind"]
+    possible = {c.key for c in known if kind == "video" or (kind == "image" and c.group != "time")}
+    told = {key: why for key, why in reasons.items() if key in possible}
+    told["peak_memory"] = rows[0]["memory_means"]
+    used = {key for v in variants.values() for key in v["figures"]}
+    return {c.key: told[c.key] for c in known if c.key in told and c.key not in used}
