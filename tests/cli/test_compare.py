@@ -61,19 +61,20 @@ def test_the_standard_suite_is_the_same_code(here, sources, monkeypatch, capsys)
 
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     script = importlib.import_module("shapeworld")
-    told = []
+    told: list = []
+    common = ["--output", "o", "--threads", "1"]
     monkeypatch.setattr(script, "run", lambda request, **options: told.append(request))
     monkeypatch.setattr(script, "keep", lambda found: None)
     monkeypatch.setattr(script, "show", lambda found, kept: None)
-    monkeypatch.setattr(sys, "argv", ["shapeworld.py", "weak.yaml", "none.yaml", "--output", "o"])
+    monkeypatch.setattr(sys, "argv", ["shapeworld.py", "weak.yaml", "none.yaml", *common])
     assert script.main() == 0
     (request,) = told
     assert [v.label for v in request.variants] == ["dense", "weak", "none"]
     assert (len(request.cases), request.seeds) == (script.PROMPTS, script.SEEDS)
     assert request.job.file.inputs["num_inference_steps"] == 20  # whatever the files say: it is a standard
-    monkeypatch.setattr(sys, "argv", ["shapeworld.py", "weak.yaml", "--model", "zoo/gemma", "--output", "o"])
+    monkeypatch.setattr(sys, "argv", ["shapeworld.py", "weak.yaml", "--model", "zoo/nothing", *common])
     assert script.main() == 2
-    assert "zoo/gemma" in capsys.readouterr().err
+    assert "no model 'nothing'" in capsys.readouterr().err
 
 
 BAD = {
