@@ -82,8 +82,10 @@ def test_stopped_and_gone_on_with(finished, tmp_path, monkeypatch):
     whole = {r["key"]: r for r in rows_of(original)}
     monkeypatch.setattr(bench, "folder", tmp_path)
     monkeypatch.setattr(bench, "stop_after", 5)
+    said = []
     with pytest.raises(KeyboardInterrupt):
-        bench.run()
+        suite.run(bench.request(), say=said.append)
+    assert said[-1] == f"5 of 12 samples are kept in {tmp_path / 'out'}; the same command goes on"
     assert not patchkit.status(bench.pipe)["patched"]
     assert not bench.pipe.unet._forward_pre_hooks
     assert len(rows_of(tmp_path / "out")) == 5
