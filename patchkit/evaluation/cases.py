@@ -52,7 +52,7 @@ def choose(wanted: str | None, file: RecipeFile, world: World | None) -> list[Ca
     """
     if wanted is None:
         return _own(file, world)
-    if wanted.strip().lstrip("+-").isdigit():
+    if wanted.strip().lstrip("+-").isdecimal():
         return _of_world(int(wanted), file, world)
     return read(Path(wanted).expanduser())
 

@@ -113,7 +113,7 @@ class Store:
 
 def check_folder(folder: Path, where: str = "--output") -> None:
     """Refuse a folder that holds something else than a comparison. Leaves nothing behind."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / ROWS).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not _ours(folder / ROWS):
         raise InvalidOption(
             f"{folder} exists and holds no comparison that could be gone on with",
             where,
@@ -121,13 +121,25 @@ def check_folder(folder: Path, where: str = "--output") -> None:
         )
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _ours(path: Path) -> bool:
+    """Whether a file holds rows, of whichever version; lines that are none are left out when it is written anew."""
+    if not path.is_file():
+        return False
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return not lines or any({"format", "key", "file"} <= set(_parsed(line)) for line in lines)
+
+
+def _parsed(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError:
-        return None
-    known = isinstance(row, dict) and row.get("format") == FORMAT and {"key", "file", "kind", "values"} <= set(row)
-    return row if known else None
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    row = _parsed(line)
+    return row if row.get("format") == FORMAT and {"key", "file", "kind", "values"} <= set(row) else None
 
 
 def _line(row: Mapping[str, Any]) -> str:

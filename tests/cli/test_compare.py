@@ -86,6 +86,7 @@ BAD = {
     "no seeds": (["weak.yaml", "dense", "--seeds", "0"], "0 seeds were asked for"),
     "nothing but dense": (["dense", "dense", "--prompts", "2"], "dense against dense"),
     "a folder of others": (["weak.yaml", "dense", "--seeds", "2", "-o", "folder"], "holds no comparison"),
+    "rows of others": (["weak.yaml", "dense", "--seeds", "2", "-o", "rows"], "holds no comparison"),
     "a file for many results": (["weak.yaml", "dense", "--seeds", "2", "-o", "a.mp4"], "end the output with /"),
     "a file in the way": (["weak.yaml", "dense", "--seeds", "2", "-o", "file/"], "is a file, not a folder"),
     "another recipe's option": (["weak.yaml", "dense", "--seeds", "2", "--set", "slow.seconds=1"], "no recipe 'slow'"),
@@ -102,6 +103,8 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(name, cli, here, source
     (here / "folder").mkdir()
     (here / "folder" / "mine").write_text("")
     (here / "file").write_text("")
+    (here / "rows").mkdir()
+    (here / "rows" / "samples.jsonl").write_text('{"mine": 1}\n')
     before = sorted(here.rglob("*"))
     arguments, words = BAD[name]
     result = cli("compare", *arguments)
