@@ -83,6 +83,7 @@ def test_stopped_and_gone_on_with(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "folder", tmp_path)
     monkeypatch.setattr(bench, "stop_after", 5)
     said = []
+    bench.calls.clear()
     with pytest.raises(KeyboardInterrupt):
         suite.run(bench.request(), say=said.append)
     assert said[-1] == f"5 of 12 samples are kept in {tmp_path / 'out'}; the same command goes on"
