@@ -60,7 +60,7 @@ def smoothness(clip: Tensor) -> Tensor:
 
 
 def flicker(clip: Tensor) -> float:
-    """Trembling of what stands still, in levels of 255; 0 for a still video and for flat things that pass.
+    """Trembling of what stands still, in levels of 255; 0 for a still video, next to 0 where flat things pass.
 
     For every pixel the *median* over time of the absolute second difference |x(t-1) - 2 x(t) + x(t+1)|, averaged over
     pixels and channels. Something that passes a pixel changes it in a few frames, which a median leaves out, so no

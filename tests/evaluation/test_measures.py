@@ -36,7 +36,7 @@ def test_a_right_clip_that_equals_dense(clip):
     assert "psnr" not in found["values"]  # infinite: left out, never a number
     assert found["values"]["ssim"] == pytest.approx(1)
     assert found["values"]["outside_mae"] == 0
-    assert found["values"]["flicker"] < 0.1  # of 255: soft edges that pass
+    assert found["values"]["flicker"] < 0.1  # outlines along the way change slowly, in steps of 8 bits
 
 
 def test_changes_of_the_object_are_not_outside_it(clip):

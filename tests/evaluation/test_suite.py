@@ -82,7 +82,7 @@ def test_stopped_and_gone_on_with(finished, tmp_path, monkeypatch):
     whole = {r["key"]: r for r in rows_of(original)}
     monkeypatch.setattr(bench, "folder", tmp_path)
     monkeypatch.setattr(bench, "stop_after", 5)
-    said = []
+    said: list[str] = []
     bench.calls.clear()
     with pytest.raises(KeyboardInterrupt):
         suite.run(bench.request(), say=said.append)
