@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,30 +40,38 @@ class Produced:
     memory: int | None = None
 
 
-def media_paths(inputs: Mapping[str, Any], extra: set[str]) -> dict[str, Path]:
-    """The inputs that name picture or video files."""
+def media_paths(inputs: Mapping[str, Any], extra: set[str]) -> dict[str, list[Path]]:
+    """The inputs that name picture or video files, one or a list of them."""
     found = {}
     for name, value in inputs.items():
-        if name not in MEDIA_INPUTS | extra or not isinstance(value, str) or "://" in value:
+        if name not in MEDIA_INPUTS | extra:
             continue
-        path = Path(value).expanduser()
-        if path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
-            found[name] = path
+        values = value if isinstance(value, list) else [value]
+        if not values or any(not isinstance(v, str) or "://" in v for v in values):
+            continue
+        paths = [Path(v).expanduser() for v in values]
+        if all(path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) for path in paths):
+            found[name] = paths
     return found
 
 
 def load_media(inputs: Mapping[str, Any], extra: set[str]) -> dict[str, Any]:
     """The inputs with the named pictures and videos read in."""
+    out = dict(inputs)
+    for name, paths in media_paths(inputs, extra).items():
+        read = [_read(path, name) for path in paths]
+        out[name] = read if isinstance(inputs[name], list) else read[0]
+    return out
+
+
+def _read(path: Path, name: str) -> Any:
     from diffusers.utils import load_image, load_video
 
-    out = dict(inputs)
-    for name, path in media_paths(inputs, extra).items():
-        reader = load_image if path.suffix.lower() in IMAGE_SUFFIXES else load_video
-        try:
-            out[name] = reader(str(path))
-        except (OSError, ValueError) as error:
-            raise InvalidOption(f"cannot read {path}: {error}", f"input {name!r}", "give a picture or video") from None
-    return out
+    reader = load_image if path.suffix.lower() in IMAGE_SUFFIXES else load_video
+    try:
+        return reader(str(path))
+    except (OSError, ValueError) as error:
+        raise InvalidOption(f"cannot read {path}: {error}", f"input {name!r}", "give a picture or video") from None
 
 
 def kind_of(cls: type) -> str:
@@ -90,7 +98,7 @@ def call(loaded: Loaded, inputs: Mapping[str, Any], *, label: str, bars: bool) -
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     begun = time.perf_counter()
-    run = _call_text if loaded.kind == "text" else _call_pipeline
+    run = _call_pipeline if loaded.kind == "pipeline" else _call_text
     kind, items = run(loaded, dict(inputs), seed, label, bars)
     if on_cuda:
         torch.cuda.synchronize(device)
@@ -159,25 +167,48 @@ def _is_frame(item: Any) -> bool:
 
 
 def _call_text(loaded: Loaded, inputs: dict[str, Any], seed: int, label: str, bars: bool) -> tuple[str, list[Any]]:
+    """The continuation of each prompt; a chat model answers each prompt about the same pictures."""
     import torch
 
     prompts = inputs.pop("prompt")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    encode, decode = _chat(loaded, inputs) if loaded.kind == "chat" else (loaded.tokenizer, loaded.tokenizer.decode)
     options = {n: v for n, v in inputs.items() if n not in OWN_INPUTS}
     options.setdefault("max_new_tokens", 64)
     options.setdefault("do_sample", False)
     torch.manual_seed(seed)
     texts = []
     for prompt in prompts:
-        encoded = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.target.device)
+        encoded = encode(prompt, return_tensors="pt").to(loaded.target.device)
         counter = _TokenBar(options["max_new_tokens"], label, bars)
         try:
             with torch.no_grad():
                 tokens = loaded.target.generate(**encoded, **options, streamer=counter)
         finally:
             counter.end()
-        texts.append(loaded.tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+        texts.append(decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
     return "text", texts
+
+
+def _chat(loaded: Loaded, inputs: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What turns a prompt and the input ``image``, which it takes out, into a chat model's input; and ``decode``.
+
+    A prompt that places the pictures itself (``<image>`` with LLaVA) is taken as it is, any other one becomes the
+    words of a user who shows the pictures first.
+    """
+    processor = loaded.processor
+    given = inputs.pop("image", None)
+    pictures = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    marks = {getattr(holder, "image_token", None) for holder in (processor, getattr(processor, "tokenizer", None))}
+
+    def encode(prompt: str, **options: Any) -> Any:
+        if not any(mark and mark in prompt for mark in marks):
+            content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
+            prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        found = processor(text=prompt, images=pictures or None, **options)
+        return found.to(dtype=loaded.target.dtype)  # the pictures alone: token ids stay whole numbers
+
+    return encode, processor.decode
 
 
 class _TokenBar:

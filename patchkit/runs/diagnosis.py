@@ -30,7 +30,7 @@ def diagnose() -> dict[str, Any]:
         if versions[name] is None:
             problems.append(f'{name} is not installed, so no mp4 can be written: pip install "patchkit[video]"')
     for name in filter(zoo.shipped, zoo.names()):
-        if not (zoo.path(name) / "model_index.json").is_file():
+        if not any((zoo.path(name) / index).is_file() for index in ("model_index.json", "config.json")):
             problems.append(f"the weights of zoo/{name} are missing from this installation")
     return found
 

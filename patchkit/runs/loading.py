@@ -18,7 +18,7 @@ from patchkit.recipe_files.fields import ModelSpec
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-LoadedKind = str  # "pipeline" or "text"
+LoadedKind = str  # "pipeline", "text" or "chat"
 
 
 @dataclass
@@ -27,8 +27,9 @@ class Loaded:
 
     Attributes:
         target: what recipes are applied to: a diffusers pipeline or a transformers model.
-        kind: ``"pipeline"`` or ``"text"``.
+        kind: ``"pipeline"``, ``"text"``, or ``"chat"`` for a language model that also reads pictures.
         tokenizer: of a text model, else None.
+        processor: of a chat model, else None: makes its input of text and pictures.
         defaults: call arguments that the model is best called with; a recipe file's own inputs win.
     """
 
@@ -36,6 +37,7 @@ class Loaded:
     kind: LoadedKind
     tokenizer: Any = None
     defaults: dict[str, Any] | None = None
+    processor: Any = None
 
     @property
     def device(self) -> str:
@@ -175,6 +177,9 @@ def _load_zoo(spec: ModelSpec, dtype: Any, device: str) -> Loaded:
     if spec.revision or spec.variant:
         raise InvalidOption("zoo models have neither revisions nor variants", spec.id, "leave these fields out")
     found, defaults = zoo.load(name, torch_dtype=dtype), dict(zoo.defaults(name))
+    if hasattr(found, "processor"):
+        _no_offload(spec)
+        return Loaded(found.model.to(device), "chat", defaults=defaults, processor=found.processor)
     if not zoo.shipped(name):
         _no_offload(spec)
         return Loaded(found.model.to(device), "text", tokenizer=found.tokenizer, defaults=defaults)
@@ -208,13 +213,31 @@ def _place(target: Any, spec: ModelSpec, device: str) -> None:
 
 
 def _load_text(spec: ModelSpec, dtype: Any, device: str) -> Loaded:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+    )
 
     _no_offload(spec)
-    options = _chosen(revision=spec.revision, variant=spec.variant)
-    tokenizer = AutoTokenizer.from_pretrained(spec.id, **_chosen(revision=spec.revision))
-    model: Any = AutoModelForCausalLM.from_pretrained(spec.id, **options, **_chosen(dtype=dtype))
+    revision = _chosen(revision=spec.revision)
+    options = revision | _chosen(variant=spec.variant, dtype=dtype)
+    if _reads_pictures(AutoConfig.from_pretrained(spec.id, **revision)):
+        processor = AutoProcessor.from_pretrained(spec.id, **revision)
+        model: Any = AutoModelForImageTextToText.from_pretrained(spec.id, **options)
+        return Loaded(model.to(device).eval(), "chat", processor=processor)
+    tokenizer = AutoTokenizer.from_pretrained(spec.id, **revision)
+    model = AutoModelForCausalLM.from_pretrained(spec.id, **options)
     return Loaded(model.to(device).eval(), "text", tokenizer=tokenizer)
+
+
+def _reads_pictures(config: Any) -> bool:
+    """Whether a model is one for pictures and text; those that transformers also knows as text models count as such."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _no_offload(spec: ModelSpec) -> None:

@@ -106,9 +106,10 @@ def check(job: Job, *, writes: bool = True) -> None:
     if file.output is not None and writes:
         outputs.check_writable(file.output, file.where("output"))
     loading.check(file.model, file.where("model"))
-    for name, path in calls.media_paths(file.inputs, job.extra).items():
-        if not path.is_file():
-            raise InvalidOption(f"there is no file {path}", file.where("inputs", name), "check the path")
+    for name, paths in calls.media_paths(file.inputs, job.extra).items():
+        for path in paths:
+            if not path.is_file():
+                raise InvalidOption(f"there is no file {path}", file.where("inputs", name), "check the path")
     cls = loading.pipeline_class(file.model)
     if cls is not None:
         _check_call(job, cls, writes)

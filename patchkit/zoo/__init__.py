@@ -3,7 +3,8 @@
 ``patchkit.zoo.load("video")`` returns a real ``CogVideoXPipeline`` that draws the shape world
 (:mod:`patchkit.zoo.world`) in seconds on two CPU cores; :mod:`patchkit.zoo.detect` reads its clips back.
 ``patchkit.zoo.load("gemma")`` and ``("minilm")`` return real language models that install as packages
-(:mod:`patchkit.zoo.language`). Importing this package imports neither diffusers nor transformers.
+(:mod:`patchkit.zoo.language`); ``patchkit.zoo.load("vlm")`` a ``LlavaForConditionalGeneration`` and its processor
+(:class:`patchkit.zoo.chat.VisionLanguage`). Importing this package imports neither diffusers nor transformers.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ class UnknownZooModel(PatchkitError, LookupError):
 
 @dataclass(frozen=True)
 class _Entry:
-    """One model: where it is, the pipeline class that reads it, and how it is best called.
+    """One model: where it is, the class that reads it, and how it is best called.
 
     ``folder`` is beside this file; a model without one comes in a package that :mod:`patchkit.zoo.language` reads.
+    An ``image`` in ``call`` is a file of the folder.
     """
 
     folder: str
@@ -54,7 +56,14 @@ _ENTRIES = {
     "minilm": _Entry(
         folder="", pipeline="", about="all-MiniLM-L6-v2, a real sentence encoder of 6 layers, from a package of its own"
     ),
+    "vlm": _Entry(
+        folder="vlm",
+        pipeline="LlavaForConditionalGeneration",
+        about="questions about pictures of 64x64: colours, shapes, places and number of coloured shapes",
+        call={"image": "example.png", "prompt": "what is in the picture?", "max_new_tokens": 24},
+    ),
 }
+_CHATS = ("LlavaForConditionalGeneration",)  # a transformers model with a processor instead of a pipeline
 
 
 def names() -> tuple[str, ...]:
@@ -78,8 +87,12 @@ def describe(name: str) -> str:
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """The call arguments that a model is evaluated with, an example prompt included: ``pipe(**zoo.defaults(name))``."""
-    return dict(_entry(name).call)
+    """The call arguments that a model is evaluated with, an example prompt included: ``pipe(**zoo.defaults(name))``.
+
+    Those of ``vlm`` are the inputs of a recipe file; ``image`` is the path of a picture.
+    """
+    call = dict(_entry(name).call)
+    return call | {"image": str(path(name) / call["image"])} if "image" in call else call
 
 
 def path(name: str) -> Path:
@@ -93,7 +106,9 @@ def path(name: str) -> Path:
 
 
 def load(name: str, torch_dtype: Any = None, device: Any = None) -> Any:
-    """Load a trained tiny pipeline, or a language model and its tokenizer (``.model``, ``.tokenizer``), offline.
+    """Load a trained tiny pipeline, or a pair, offline.
+
+    Language models come with their tokenizer (``.model``, ``.tokenizer``), ``vlm`` with its processor (``.processor``).
 
     A pipeline can be called with a prompt alone. ``pipe(**zoo.defaults(name))`` adds the steps and the guidance with
     which it was evaluated; the pipeline's own default guidance is too strong for it.
@@ -108,6 +123,11 @@ def load(name: str, torch_dtype: Any = None, device: Any = None) -> Any:
         MissingDependency: the model comes in a package that is not installed.
     """
     entry = _entry(name)
+    if entry.pipeline in _CHATS:
+        from patchkit.zoo.chat import load_chat
+
+        pair: Any = load_chat(path(name), torch_dtype)
+        return pair if device is None else pair._replace(model=pair.model.to(device))
     if not entry.folder:
         from patchkit.zoo import language
 

@@ -52,11 +52,11 @@ class Found:
     @property
     def place(self) -> str:
         """Where it is, as one of ``PLACES`` or ``"none"``."""
-        return _direction(self.x - 0.5, self.y - 0.5, PLACES, SIDE)
+        return direction(self.x - 0.5, self.y - 0.5, PLACES, SIDE)
 
     def relation(self, other: Found) -> str:
         """Where it is relative to ``other``, as one of ``RELATIONS`` or ``"none"``."""
-        return _direction(self.x - other.x, self.y - other.y, RELATIONS, APART)
+        return direction(self.x - other.x, self.y - other.y, RELATIONS, APART)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def score(picture: Any, wanted: Still | Description | str) -> dict[str, bool]:
     return right | {"all": all(right.values())}
 
 
-def _direction(dx: float, dy: float, names: dict[str, tuple[int, int]], least: float) -> str:
+def direction(dx: float, dy: float, names: dict[str, tuple[int, int]], least: float) -> str:
     """The name of the axis direction that (dx, dy) clearly has."""
     reach = max(abs(dx), abs(dy))
     if "center" in names and reach < CENTRE:

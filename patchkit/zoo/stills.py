@@ -11,6 +11,7 @@ of the latents, so an inverted picture is nearly Gaussian noise, as it is for ph
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import zlib
@@ -152,11 +153,18 @@ class Still:
     Attributes:
         spots: (x, y, radius) of each item in pixels; x and y are the middle of its bounding box.
         grain: seed of the grain.
+        tints: the items' colours where they are not those of their names.
     """
 
     description: Description
     spots: tuple[tuple[float, float, float], ...]
     grain: int = 0
+    tints: tuple[tuple[float, float, float], ...] = ()
+
+    @property
+    def paints(self) -> tuple[tuple[float, float, float], ...]:
+        """Red, green and blue of each item."""
+        return self.tints or tuple(COLOURS[item.colour] for item in self.description.items)
 
 
 def sample_description(rng: random.Random, pairs: float = 0.6, held_out: Sequence[str] = ("",)) -> Description:
@@ -204,6 +212,28 @@ def draw(description: Description, rng: random.Random) -> Still:
     return Still(description, tuple(spots), rng.getrandbits(48))
 
 
+def tint(still: Still, rng: random.Random, apart: float = 0.35, away: float = 0.3) -> Still:
+    """``still`` with its items in any colours.
+
+    A model that learns shapes from these does not learn, instead, which colours a shape never has.
+
+    Args:
+        still: the picture.
+        rng: the source of chance.
+        apart: least distance from the background and from each other.
+        away: least distance from the colour with which a shape is held out.
+    """
+    found = [BACKGROUNDS[still.description.background]]
+    for item in still.description.items:
+        avoided = [COLOURS[colour] for colour, shape in HELD_OUT_ITEMS if shape == item.shape]
+        while True:
+            new = (rng.uniform(0.04, 0.98), rng.uniform(0.04, 0.98), rng.uniform(0.04, 0.98))
+            if min(math.dist(new, c) for c in found) > apart and min(math.dist(new, c) for c in avoided) > away:
+                break
+        found.append(new)
+    return replace(still, tints=tuple(found[1:]))
+
+
 @cache
 def _smoother() -> Tensor:
     """(64, 16): the smoothest rows (least second differences) whose means over four are given."""
@@ -248,7 +278,7 @@ def render(stills: Sequence[Still], strength: float = GRAIN) -> Tensor:
             if shape == "triangle":  # its distance is told from the centroid, which lies below the box's middle
                 y = y + 0.36 * radius
             cover = (0.5 - distance(shape, axis.view(1, 1, -1) - x, axis.view(1, -1, 1) - y, radius)).clamp(0, 1)
-            front = torch.tensor([COLOURS[stills[n].description.items[slot].colour] for n in here]).view(-1, 3, 1, 1)
+            front = torch.tensor([stills[n].paints[slot] for n in here]).view(-1, 3, 1, 1)
             out[here] += cover.unsqueeze(1) * (front - out[here])
     if strength:
         out += strength * grain([s.grain for s in stills])

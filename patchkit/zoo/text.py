@@ -20,6 +20,14 @@ WORDS = tuple(
     shrinking jumping rotating becomes into is are it that which not empty scene frame""".split()  # noqa: SIM905
 )
 
+# What zoo/vlm reads and writes besides: questions, answers, the words around them. Fixed for good, too.
+CHAT_WORDS = tuple(
+    """? . , : ! ' user assistant what which where how many kind of color colour do does you see describe say
+    tell me can there here this these pictures question answer questions about yes none nothing neither both
+    objects please or either only all same different other more less than for as please look at show shows has
+    have beside second third last name answers""".split()  # noqa: SIM905
+)
+
 
 def t5_tokenizer() -> T5Tokenizer:
     """A ``T5Tokenizer`` whose pieces are whole words; an unknown word becomes ``<unk>``."""

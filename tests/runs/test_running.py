@@ -112,6 +112,61 @@ def test_a_text_model(text_folder, here):
     assert record["texts"]["patched"] == [(here / "a.txt").read_text().removesuffix("\n")]
 
 
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory):
+    from patchkit.zoo.chat import chat_processor
+    from patchkit.zoo.training.vlm import build_model
+
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    build_model().save_pretrained(folder)
+    chat_processor().save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_reads_pictures(chat_folder, here):
+    """The runner asks as the model's own processor and ``generate`` do, about one picture, two, or none."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    for name in ("red", "blue"):
+        Image.new("RGB", (64, 64), name).save(f"{name}.png")
+    model = LlavaForConditionalGeneration.from_pretrained(chat_folder).eval()
+    processor = AutoProcessor.from_pretrained(chat_folder)
+    for given, names in (("image: red.png, ", ["red"]), ("image: [red.png, blue.png], ", ["red", "blue"]), ("", [])):
+        inputs = f"{given}prompt: ['what is this?', 'how many?'], max_new_tokens: 4"
+        result, _ = run(file_of(chat_folder, "output: a.json", inputs=inputs, recipes="[{dimming: {density: 1}}]"))
+        assert result.metrics["pipeline"] == "LlavaForConditionalGeneration"
+        told = json.loads((here / "a.json").read_text())["texts"]["patched"]
+        for question, answer in zip(("what is this?", "how many?"), told, strict=True):
+            content = [*({"type": "image"} for _ in names), {"type": "text", "text": question}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            pictures = [Image.open(f"{name}.png") for name in names]
+            encoded = processor(text=text, images=pictures or None, return_tensors="pt")
+            with torch.no_grad():
+                tokens = model.generate(**encoded, max_new_tokens=4, do_sample=False)
+            assert answer == processor.decode(tokens[0, encoded.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_prompt_that_places_its_pictures_is_taken_as_it_is(chat_folder, here):
+    Image.new("RGB", (64, 64)).save("a.png")
+    loaded = loading.load(ModelSpec(str(chat_folder)), quiet=True)
+    assert loaded.kind == "chat"
+    seen = []
+    loaded.target.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
+    inputs = {"prompt": "what <image> is this", "image": Image.open("a.png"), "max_new_tokens": 1}
+    calls.call(loaded, inputs, label="x", bars=False)
+    words = loaded.processor.tokenizer.convert_ids_to_tokens(seen[0][0])
+    assert words == ["<s>", "what", *["<image>"] * 64, "is", "this"]
+
+
+def test_each_picture_of_a_list_must_be_there(chat_folder, here):
+    Image.new("RGB", (64, 64)).save("a.png")
+    file = file_of(chat_folder, "output: a.txt", inputs="prompt: hello, image: [a.png, b.png]")
+    with pytest.raises(errors.InvalidOption, match=r"there is no file b\.png"):
+        run(file)
+    with pytest.raises(errors.InvalidOption, match="offload is for diffusers"):
+        loading.load(ModelSpec(str(chat_folder), offload="model"))
+
+
 @pytest.mark.parametrize(
     ("more", "what"),
     [("output: a.png", "cannot be written as .png"), ("output: a.mp4", "cannot be written as .mp4")],

@@ -1,4 +1,4 @@
-"""Train a model of the zoo from nothing: ``python -m patchkit.zoo.training video|image --out DIR``.
+"""Train a model of the zoo from nothing: ``python -m patchkit.zoo.training video|image|vlm --out DIR``.
 
 All stages one after another, each with its defaults: denoiser, decoder, assembly, evaluation. A stopped run continues
 at its last checkpoint when the same command is given again. The packaged weights are replaced with ``--install`` only.
@@ -21,6 +21,10 @@ from patchkit.zoo.training import (
     plot,
     video,
     video_vae,
+    vlm,
+    vlm_assemble,
+    vlm_evaluate,
+    vlm_tower,
 )
 
 
@@ -44,7 +48,18 @@ def train_image(out: Path, model: Path, threads: int) -> None:
     plot.main([str(out / "loss.png"), f"denoiser={out / 'denoiser' / 'log.jsonl'}"])
 
 
-MODELS = {"video": train_video, "image": train_image}
+def train_vlm(out: Path, model: Path, threads: int) -> None:
+    """``zoo/vlm``: one to two hours on one core."""
+    tower, training, common = str(out / "tower"), str(out / "training"), ["--threads", str(threads)]
+    vlm_tower.main(["--out", tower, *common])
+    vlm.main(["--out", training, "--tower", tower, *common])
+    vlm_assemble.main(["--run", training, "--out", str(model)])
+    vlm_evaluate.main(["--model", str(model), "--out", str(out / "evaluation"), *common])
+    logs = [f"{name}={out / name / 'log.jsonl'}" for name in ("tower", "training")]
+    plot.main([str(out / "loss.png"), *logs])
+
+
+MODELS = {"video": train_video, "image": train_image, "vlm": train_vlm}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import argparse
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,15 @@ def assemble(denoiser_dir: Path | None, vae_dir: Path | None) -> Any:
 
 def save(pipe: Any, out: Path) -> int:
     """Write ``pipe`` to ``out`` in fp16, replacing what was there only when all is written; returns the bytes."""
+    return replacing_folder(out, pipe.to(torch.float16).save_pretrained)
+
+
+def replacing_folder(out: Path, write: Callable[[Path], Any]) -> int:
+    """Let ``write`` fill a new folder that becomes ``out`` when all is written; returns the bytes."""
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".assemble-") as scratch:
         new = Path(scratch) / "new"
-        pipe.to(torch.float16).save_pretrained(new)
+        new.mkdir()
+        write(new)
         for file in new.rglob("*.safetensors"):
             file.chmod(0o644)  # they are written private, and a package is for all
         if out.exists():

@@ -28,6 +28,13 @@ from patchkit.zoo.world import Scene
 logger = logging.getLogger(__name__)
 
 
+def share_of(flags: Sequence[bool]) -> dict[str, Any]:
+    """Share of flags that are set, with its 95 % interval."""
+    low, high = wilson(sum(flags), len(flags))
+    share = sum(flags) / len(flags)
+    return {"of": len(flags), "share": round(share, 4), "interval95": [round(low, 4), round(high, 4)]}
+
+
 def draw_scenes(n: int, seed: int) -> list[Scene]:
     """``n`` scenes with different captions (the captions start over when there are no more)."""
     rng = random.Random(seed)

@@ -23,7 +23,7 @@ from patchkit import media, zoo
 from patchkit.zoo import stills
 from patchkit.zoo.detect_stills import ATTRIBUTES, detect
 from patchkit.zoo.stills import Description
-from patchkit.zoo.training.evaluate import wilson
+from patchkit.zoo.training.evaluate import share_of
 from patchkit.zoo.training.inversion import draw_stills, round_trip, swaps
 
 logger = logging.getLogger(__name__)
@@ -62,9 +62,7 @@ def summarise(wanted: list[Description], pictures: Tensor) -> dict[str, Any]:
     for name in (*ATTRIBUTES, "all"):
         flags = [all(r.values()) if name == "all" else r[name] for r in rights if name == "all" or name in r]
         if flags:
-            low, high = wilson(sum(flags), len(flags))
-            share = sum(flags) / len(flags)
-            summary[name] = {"of": len(flags), "share": round(share, 4), "interval95": [round(low, 4), round(high, 4)]}
+            summary[name] = share_of(flags)
     outlines = [o.iou for read in reads for o in read.objects]
     summary["mean_template_iou"] = round(sum(outlines) / max(1, len(outlines)), 4)
     return summary
