@@ -92,11 +92,13 @@ class Question:
         kind: one of :data:`KINDS`, for two pictures one of :data:`PAIR_KINDS`.
         text: the question.
         answer: the answer.
+        named: (words of the question that speak of an object, its number in the view; None if there is no such object).
     """
 
     kind: str
     text: str
     answer: str
+    named: tuple[tuple[str, int | None], ...] = ()
 
     @property
     def words(self) -> list[str]:
@@ -213,47 +215,48 @@ def _sides(view: View) -> tuple[str, str] | None:
     return sides.get(view.position or "")
 
 
-_Asked = tuple[str, str] | None
+_Named = tuple[tuple[str, int | None], ...]
+_Asked = tuple[str, str, _Named] | None
 
 
 def _background(view: View, rng: random.Random) -> _Asked:
     texts = ("what {} is the background?", "which {} is the background?", "what {} is the background of the picture?")
-    return rng.choice(texts).format(_colour(rng)), view.background
+    return rng.choice(texts).format(_colour(rng)), view.background, ()
 
 
 def _count(view: View, rng: random.Random) -> _Asked:
     if len(view.things) >= len(NUMBERS):
         return None
     texts = ("how many shapes are there?", "how many objects do you see?", "how many shapes are in the picture?")
-    return rng.choice(texts), NUMBERS[len(view.things)]
+    return rng.choice(texts), NUMBERS[len(view.things)], ()
 
 
-def _named(view: View, rng: random.Random, attribute: str) -> list[tuple[str, str]]:
-    """(a way to speak of an object that does not tell the attribute, the attribute's value)."""
+def _named(view: View, attribute: str) -> list[tuple[str, str, int]]:
+    """(a way to speak of an object that does not tell the attribute, the attribute's value, the object's number)."""
     found = []
     sides = _sides(view)
     for n, thing in enumerate(view.things):
         value = getattr(thing.item, attribute)
-        found += [(name, value) for name in _names(view, n) if value not in name.split()]
+        found += [(name, value, n) for name in _names(view, n) if value not in name.split()]
         if sides is not None:
-            found.append((f"the shape {sides[n]}", value))
+            found.append((f"the shape {sides[n]}", value, n))
     return found
 
 
 def _colour_of(view: View, rng: random.Random) -> _Asked:
-    found = _named(view, rng, "colour")
+    found = _named(view, "colour")
     if not found:
         return None
-    name, value = rng.choice(found)
-    return f"{rng.choice(('what', 'which'))} {_colour(rng)} is {name}?", value
+    name, value, n = rng.choice(found)
+    return f"{rng.choice(('what', 'which'))} {_colour(rng)} is {name}?", value, ((name, n),)
 
 
 def _shape_of(view: View, rng: random.Random) -> _Asked:
-    found = _named(view, rng, "shape")
+    found = _named(view, "shape")
     if not found:
         return None
-    name, value = rng.choice(found)
-    return rng.choice((f"what is {name}?", f"what kind of shape is {name}?")), value
+    name, value, n = rng.choice(found)
+    return rng.choice((f"what is {name}?", f"what kind of shape is {name}?")), value, ((name, n),)
 
 
 def _where(view: View, rng: random.Random) -> _Asked:
@@ -261,11 +264,12 @@ def _where(view: View, rng: random.Random) -> _Asked:
     if position is None:
         return None
     n = rng.randrange(len(view.things))
-    text = f"where is {rng.choice(list(_names(view, n)))}?"
+    name = rng.choice(list(_names(view, n)))
+    named: _Named = ((name, n),)
     if len(view.things) == 1:
-        return text, f"{'in' if position == 'center' else 'at'} the {position}"
+        return f"where is {name}?", f"{'in' if position == 'center' else 'at'} the {position}", named
     item = view.things[1 - n].item
-    return text, f"{OPPOSITE[position] if n else position} the {item.colour} {item.shape}"
+    return f"where is {name}?", f"{OPPOSITE[position] if n else position} the {item.colour} {item.shape}", named
 
 
 def _neighbour(view: View, rng: random.Random) -> _Asked:
@@ -275,53 +279,59 @@ def _neighbour(view: View, rng: random.Random) -> _Asked:
     n = rng.randrange(2)
     true = OPPOSITE[view.position] if n == 0 else view.position  # of the other one, relative to the n-th
     asked = true if rng.random() < 0.75 else rng.choice([r for r in RELATIONS if r != true])
-    text = f"what is {asked} {rng.choice(list(_names(view, n)))}?"
-    return text, str(view.things[1 - n].item) if asked == true else "nothing"
+    name = rng.choice(list(_names(view, n)))
+    return f"what is {asked} {name}?", str(view.things[1 - n].item) if asked == true else "nothing", ((name, n),)
 
 
 def _yes_or_no(view: View, rng: random.Random) -> _Asked:
     true = rng.random() < 0.5
-    options: list[Callable[[View, random.Random, bool], str | None]] = [_is_there, _is_background, _is_beside]
+    options: list[Callable[[View, random.Random, bool], tuple[str, _Named] | None]]
+    options = [_is_there, _is_background, _is_beside]
     for option in rng.sample(options, len(options)):
-        text = option(view, rng, true)
-        if text is not None:
-            return text, "yes" if true else "no"
+        found = option(view, rng, true)
+        if found is not None:
+            return found[0], "yes" if true else "no", found[1]
     return None
 
 
-def _is_there(view: View, rng: random.Random, true: bool) -> str | None:
+def _is_there(view: View, rng: random.Random, true: bool) -> tuple[str, _Named] | None:
     here = [t.item for t in view.things]
     if true:
-        return f"is there {rng.choice(here)}?" if here else None
+        if not here:
+            return None
+        n = rng.randrange(len(here))
+        return f"is there {here[n]}?", ((str(here[n]), n),)
     pool = [Item(c, s) for c in COLOURS for s in SHAPES]
     if here and rng.random() < 0.8:  # one word differs
         near = rng.choice(here)
         pool = [i for i in pool if (i.colour == near.colour) != (i.shape == near.shape)]
     # what is held out must not be learnt as never being there
     pool = [i for i in pool if i not in here and (i.colour, i.shape) not in HELD_OUT_ITEMS]
-    return f"is there {rng.choice(pool)}?"
+    absent = str(rng.choice(pool))
+    return f"is there {absent}?", ((absent, None),)
 
 
-def _is_background(view: View, rng: random.Random, true: bool) -> str:
+def _is_background(view: View, rng: random.Random, true: bool) -> tuple[str, _Named]:
     other = rng.choice([b for b in BACKGROUNDS if b != view.background])
-    return f"is the background {view.background if true else other}?"
+    return f"is the background {view.background if true else other}?", ()
 
 
-def _is_beside(view: View, rng: random.Random, true: bool) -> str | None:
+def _is_beside(view: View, rng: random.Random, true: bool) -> tuple[str, _Named] | None:
     if len(view.things) != 2 or view.position is None:
         return None
     n = rng.randrange(2)
     relation = OPPOSITE[view.position] if n else view.position
     if not true:
         relation = OPPOSITE[relation] if rng.random() < 0.5 else rng.choice([r for r in RELATIONS if r != relation])
-    return f"is {rng.choice(list(_names(view, n)))} {relation} {rng.choice(list(_names(view, 1 - n)))}?"
+    first, second = rng.choice(list(_names(view, n))), rng.choice(list(_names(view, 1 - n)))
+    return f"is {first} {relation} {second}?", ((first, n), (second, 1 - n))
 
 
 def _caption(view: View, rng: random.Random) -> _Asked:
     if len(view.things) > 2 or (view.things and view.position is None):
         return None
     texts = ("describe the picture.", "what do you see?", "what is in the picture?")
-    return rng.choice(texts), view.description.caption
+    return rng.choice(texts), view.description.caption, ()
 
 
 _ASK: dict[str, Callable[[View, random.Random], _Asked]] = dict(

@@ -115,7 +115,7 @@ def test_a_text_model(text_folder, here):
 @pytest.fixture(scope="session")
 def chat_folder(tmp_path_factory):
     from patchkit.zoo.chat import chat_processor
-    from patchkit.zoo.training.vlm import build_model
+    from patchkit.zoo.training.vlm_model import build_model
 
     folder = tmp_path_factory.mktemp("models") / "llava"
     build_model().save_pretrained(folder)

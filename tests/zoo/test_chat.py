@@ -11,7 +11,8 @@ from PIL import Image
 from patchkit.zoo import stills
 from patchkit.zoo.chat import IMAGE_TOKENS, SPECIAL, SYSTEM, VisionLanguage, chat_processor
 from patchkit.zoo.text import CHAT_WORDS, WORDS
-from patchkit.zoo.training.vlm import Packer, build_model, pixels
+from patchkit.zoo.training.vlm_model import build_model
+from patchkit.zoo.training.vlm_rows import Packer, pixels
 
 QUESTION = "What colour is the background?"
 

@@ -14,7 +14,7 @@ from patchkit import zoo
 from patchkit.recipe_files import files, yamlread
 from patchkit.runs import running
 from patchkit.zoo.training import vlm_evaluate
-from patchkit.zoo.training.vlm import build_model
+from patchkit.zoo.training.vlm_model import build_model
 
 
 @pytest.fixture(scope="module")

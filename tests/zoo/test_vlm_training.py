@@ -10,10 +10,11 @@ import torch
 from patchkit.zoo import stills
 from patchkit.zoo.chat import load_chat
 from patchkit.zoo.questions import KINDS, Question, View, ask_all
-from patchkit.zoo.training import vlm, vlm_assemble, vlm_evaluate
+from patchkit.zoo.training import vlm, vlm_assemble, vlm_evaluate, vlm_model
 from patchkit.zoo.training.plot import read_log
-from patchkit.zoo.training.vlm import Batch, Packer, Stage
+from patchkit.zoo.training.vlm import Stage
 from patchkit.zoo.training.vlm_evaluate import Sample
+from patchkit.zoo.training.vlm_rows import Batch, Packer, pixels
 
 STAGES = (Stage(2, 2, 60, False), Stage(1, 4, 60, True))
 
@@ -27,13 +28,13 @@ def _run(out, stages=STAGES):
 
 @pytest.fixture(scope="module")
 def model():
-    return vlm.build_model().eval()
+    return vlm_model.build_model().eval()
 
 
 def _drawn(n, seed=0):
     rng = random.Random(seed)
     shown = [stills.draw(stills.sample_description(rng, 1.0), rng) for _ in range(n)]
-    return [View.of_still(s) for s in shown], vlm.pixels(stills.render(shown))
+    return [View.of_still(s) for s in shown], pixels(stills.render(shown))
 
 
 def _logits(model, rows, pictures):
@@ -120,7 +121,7 @@ def test_every_weight_that_is_used_learns(tmp_path):
     }
     owned = [id(p) for o in run.optimisers for g in o.param_groups for p in g["params"]]
     assert sorted(owned) == sorted(id(p) for p in run.model.parameters())
-    assert len(run.optimisers[0].param_groups[0]["params"]) == 7 * vlm.LAYERS + 6 * vlm.TOWER_LAYERS + 2
+    assert len(run.optimisers[0].param_groups[0]["params"]) == 7 * vlm_model.LAYERS + 6 * vlm_model.TOWER_LAYERS + 2
 
 
 def test_the_share_of_right_answers_is_counted(tmp_path):
@@ -156,10 +157,10 @@ def test_the_tower_starts_with_patterns_and_places(model):
     patterns = embeddings.patch_embedding.weight.detach().flatten(1)
     gram = patterns @ patterns.T
     assert torch.allclose(gram, gram.diag().diag(), atol=1e-5)  # no pattern says what another one says
-    assert (gram.diag() > 0).sum() == vlm.WIDTH - vlm.PLACES
-    places = embeddings.position_embedding.weight[1:, -vlm.PLACES :]
+    assert (gram.diag() > 0).sum() == vlm_model.WIDTH - vlm_model.PLACES
+    places = embeddings.position_embedding.weight[1:, -vlm_model.PLACES :]
     assert torch.cdist(places, places).add(9 * torch.eye(64)).min() > 0.5
-    assert torch.allclose(places @ vlm.turn(1, -2).T, vlm.waves(8, 1, -2), atol=1e-5)
+    assert torch.allclose(places @ vlm_model.turn(1, -2).T, vlm_model.waves(8, 1, -2), atol=1e-5)
 
 
 def test_the_towers_heads_look_at_the_neighbours(model):
@@ -168,7 +169,7 @@ def test_the_towers_heads_look_at_the_neighbours(model):
     tower.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = tower(_drawn(8)[1], output_attentions=True).attentions
-    for maps, offsets in zip(attentions, (vlm.SIDES, vlm.CORNERS), strict=False):
+    for maps, offsets in zip(attentions, (vlm_model.SIDES, vlm_model.CORNERS), strict=False):
         for head, (row, column) in enumerate(offsets):
             inner = [(r, c) for r in range(1, 7) for c in range(1, 7)]
             seen = torch.stack([maps[:, head, 1 + 8 * r + c, 1:] for r, c in inner])

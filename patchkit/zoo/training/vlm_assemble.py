@@ -18,7 +18,7 @@ from patchkit import media
 from patchkit.zoo import stills
 from patchkit.zoo.chat import VisionLanguage, chat_processor
 from patchkit.zoo.training.assemble import replacing_folder
-from patchkit.zoo.training.vlm import build_model
+from patchkit.zoo.training.vlm_model import build_model
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,9 @@ def assemble(run: Path | None, weights: str = "average") -> VisionLanguage:
     model = build_model()
     if run is not None:
         state = torch.load(run / "checkpoint.pt", weights_only=True)
-        model.load_state_dict(state[weights])
+        model.load_state_dict(
+            {k.removeprefix("llava."): w for k, w in state[weights].items() if k.startswith("llava.")}
+        )
         logger.info("model of step %d", state["step"])
     return VisionLanguage(model.eval(), chat_processor())
 

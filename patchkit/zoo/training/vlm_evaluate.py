@@ -28,7 +28,7 @@ from patchkit.zoo.chat import VisionLanguage, load_chat
 from patchkit.zoo.detect_stills import detect
 from patchkit.zoo.questions import KINDS, PAIR_KINDS, Question, View, ask_about_two, ask_all, sample_still
 from patchkit.zoo.training.evaluate import share_of
-from patchkit.zoo.training.vlm import build_model
+from patchkit.zoo.training.vlm_model import build_model
 
 logger = logging.getLogger(__name__)
 

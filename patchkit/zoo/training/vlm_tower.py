@@ -25,7 +25,9 @@ from patchkit.zoo.chat import PATCH
 from patchkit.zoo.questions import sample_still
 from patchkit.zoo.stills import Still, tint
 from patchkit.zoo.training.loop import Loop
-from patchkit.zoo.training.vlm import WIDTH, build_model, optimisers, pixels
+from patchkit.zoo.training.vlm import optimisers
+from patchkit.zoo.training.vlm_model import WIDTH, build_model
+from patchkit.zoo.training.vlm_rows import pixels
 from patchkit.zoo.world import BACKGROUNDS, SHAPES, SIZE
 
 logger = logging.getLogger(__name__)
