@@ -149,7 +149,11 @@ def load_folder(folder: Path, pipeline: str, torch_dtype: Any = None) -> Any:
     argument = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
     options = {argument: torch_dtype or torch.float32, "local_files_only": True}
     pipe = getattr(diffusers, pipeline).from_pretrained(folder, **options)
-    cap_length(pipe.tokenizer)
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        if getattr(pipe, name, None) is not None:
+            cap_length(getattr(pipe, name))
+    if hasattr(pipe, "default_sample_size"):  # FluxPipeline takes 128 whatever its parts are made for
+        pipe.default_sample_size = pipe.vae.config.sample_size // pipe.vae_scale_factor
     return pipe
 
 

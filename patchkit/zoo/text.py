@@ -29,17 +29,17 @@ CHAT_WORDS = tuple(
 )
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    """A ``T5Tokenizer`` whose pieces are whole words; an unknown word becomes ``<unk>``."""
+def t5_tokenizer(length: int = MAX_TOKENS) -> T5Tokenizer:
+    """A ``T5Tokenizer`` whose pieces are whole words; an unknown word becomes ``<unk>``. ``length`` is its greatest."""
     from transformers import T5Tokenizer
 
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     tokenizer = T5Tokenizer(vocab=special + [("▁" + word, -1.0) for word in WORDS], extra_ids=0)
-    tokenizer.model_max_length = MAX_TOKENS
+    tokenizer.model_max_length = length
     return tokenizer
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(length: int = CLIP_TOKENS) -> CLIPTokenizer:
     """A ``CLIPTokenizer`` that merges every word of :data:`WORDS` into one token; other words fall into letters.
 
     Byte-pair merges interfere: a pair that one word needs may also occur in another. So each word is first merged by
@@ -59,7 +59,7 @@ def clip_tokenizer() -> CLIPTokenizer:
             parts = _merge(parts, merges)
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     rules: Any = list(merges)  # annotated as strings, but pairs are what the class hands on
-    return CLIPTokenizer(vocab=vocabulary, merges=rules, model_max_length=CLIP_TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=rules, model_max_length=length)
 
 
 def _merge(parts: list[str], merges: dict[tuple[str, str], int]) -> list[str]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from patchkit import zoo
 from patchkit.zoo import stills
-from patchkit.zoo.training import image, image_assemble, image_evaluate, image_vae, inversion
+from patchkit.zoo.training import image, image_assemble, image_evaluate, image_vae, inversion, stills_run
 from patchkit.zoo.training.assemble import save
 from patchkit.zoo.training.image import Stage
 from patchkit.zoo.training.plot import read_log
@@ -102,7 +102,7 @@ def test_the_written_encoder_is_the_area_mean():
         code = vae.encode(pictures * 2 - 1).latent_dist
     assert (code.mode() - F.avg_pool2d(pictures * 2 - 1, 4)).abs().max() < 1e-3
     assert code.std.max() < 1e-5
-    assert torch.allclose(code.mode() * vae.config.scaling_factor, image.latents(pictures), atol=2e-3)
+    assert torch.allclose(code.mode() * vae.config.scaling_factor, stills_run.latents(pictures), atol=2e-3)
 
 
 def test_rough_latents_keep_the_grain():

@@ -9,11 +9,8 @@ The run is cut into stages of fixed length, checkpoints every two minutes, and c
 
 from __future__ import annotations
 
-import argparse
-import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +20,11 @@ from torch import Tensor, nn
 
 from patchkit.zoo import stills
 from patchkit.zoo.text import CLIP_TOKENS, clip_tokenizer
-from patchkit.zoo.training.loop import Loop
-from patchkit.zoo.training.muon import Muon
+from patchkit.zoo.training.stills_run import Stage, StillsRun, train
 from patchkit.zoo.world import SIZE
 
-logger = logging.getLogger(__name__)
-
-LATENT_SCALE = 1.25  # gives the latents about unit variance
 CHANNELS = (48, 64, 80)
 HEAD = 16  # width of an attention head: 3, 4 and 5 heads at 16x16, 8x8 and 4x4
-EMPTY = 0.1  # share of the captions that are dropped, for guidance and for inversion without words
-
-
-@dataclass(frozen=True)
-class Stage:
-    """``steps`` optimiser steps on batches of ``batch`` pictures, ``pairs`` per cent of them with two objects."""
-
-    steps: int
-    batch: int
-    pairs: int
-
 
 STAGES = (Stage(1000, 32, 40), Stage(5000, 32, 60))
 
@@ -95,11 +77,6 @@ def build_models(seed: int = 0) -> tuple[Any, Any]:
     return unet, CLIPTextModel(config)
 
 
-def latents(pictures: Tensor) -> Tensor:
-    """The (B, 3, 16, 16) latents of (B, 3, 64, 64) pictures in [0, 1]: area means in about unit variance."""
-    return (F.avg_pool2d(pictures, stills.CELL) * 2 - 1) * LATENT_SCALE
-
-
 def noise_levels() -> Tensor:
     """alpha_bar of the 1,000 training steps; the pipeline's scheduler is built with the same values."""
     from diffusers import DDIMScheduler
@@ -113,43 +90,21 @@ def stratified(batch: int, levels: int) -> Tensor:
     return ((torch.arange(batch) + torch.rand(batch)) / batch * levels).long()
 
 
-class Run(Loop):
+class Run(StillsRun):
     """Everything that a checkpoint holds."""
 
     name = "image"
 
     def __init__(self, out: Path, stages: tuple[Stage, ...], lr: float, seed: int) -> None:
-        self.stages = stages
         self.unet, self.text = build_models(seed)
         self.tokenizer = clip_tokenizer()
         self.alphas = noise_levels()
         matrices = [p for n, p in self.unet.named_parameters() if "blocks." in n or "mid_block." in n if p.ndim > 1]
-        taken = {id(p) for p in matrices}
-        model = nn.ModuleDict({"unet": self.unet, "text": self.text})
-        rest = [p for p in model.parameters() if id(p) not in taken]
-        optimisers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=lr),
-            torch.optim.AdamW(rest, lr=lr / 10, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
-        super().__init__(out, model, optimisers, sum(s.steps for s in stages), seed)
-
-    def stage(self) -> Stage:
-        step = self.step
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.stages[-1]
-
-    def notes(self) -> dict[str, Any]:
-        return {"pairs": self.stage().pairs}
+        super().__init__(out, nn.ModuleDict({"unet": self.unet, "text": self.text}), matrices, stages, lr, seed)
 
     def batch(self, rng: random.Random) -> tuple[Tensor, Tensor]:
         """Clean latents and token ids."""
-        stage = self.stage()
-        wanted = [stills.sample_description(rng, stage.pairs / 100) for _ in range(stage.batch)]
-        captions = ["" if rng.random() < EMPTY else w.caption for w in wanted]
-        clean = latents(stills.render([stills.draw(w, rng) for w in wanted]))
+        clean, captions = self.samples_of_step(rng)
         ids = self.tokenizer(captions, padding="max_length", max_length=CLIP_TOKENS, return_tensors="pt").input_ids
         return clean, ids
 
@@ -166,20 +121,7 @@ class Run(Loop):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", default=",".join(f"{s.steps}x{s.batch}x{s.pairs}" for s in STAGES))
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stages = tuple(Stage(*map(int, part.split("x"))) for part in args.stages.split(","))
-    run = Run(args.out, stages, args.lr, args.seed)
-    run.resume()
-    run.fit()
+    train(Run, STAGES, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def generate(pipe: Any, prompts: list[str], seed: int, batch: int = 25, **call: 
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        pictures.append(pipe(part, generator=generators, output_type="pt", **call).images)
+        negative = {"negative_prompt": [call["negative_prompt"]] * len(part)} if "negative_prompt" in call else {}
+        pictures.append(pipe(part, generator=generators, output_type="pt", **call | negative).images)
     return torch.cat(pictures).float()
 
 
@@ -71,7 +72,9 @@ def summarise(wanted: list[Description], pictures: Tensor) -> dict[str, Any]:
 def untrained(pipe: Any, seed: int = 0) -> Any:
     """``pipe`` with a denoiser of random weights."""
     torch.manual_seed(seed)
-    pipe.unet = type(pipe.unet).from_config(pipe.unet.config).to(pipe.dtype).eval()
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    denoiser = getattr(pipe, name)
+    setattr(pipe, name, type(denoiser).from_config(denoiser.config).to(pipe.dtype).eval())
     return pipe
 
 
@@ -86,15 +89,18 @@ def sheet(wanted: list[Description], pictures: Tensor, columns: int = 8) -> Tens
     return torch.cat(rows, dim=1)[None]
 
 
-def evaluate(pipe: Any, n: int, seed: int, out: Path, **call: Any) -> dict[str, Any]:
+def evaluate(
+    pipe: Any, n: int, seed: int, out: Path | None, groups: Sequence[str] = tuple(GROUPS), **call: Any
+) -> dict[str, Any]:
     """The scores of every group; their contact sheets go to ``out``."""
     result: dict[str, Any] = {}
-    for number, group in enumerate(GROUPS):
+    for group in groups:
+        number = list(GROUPS).index(group)  # of the noise, the same whatever other groups are asked for
         wanted, begun = draw_wanted(n, seed, group), time.time()
         pictures = generate(pipe, [w.caption for w in wanted], seed * 1000 + 100_000 * number, **call)
         seconds = (time.time() - begun) / n
         result[group] = summarise(wanted, pictures) | {"seconds_per_picture": round(seconds, 3)}
-        if n >= 8:
+        if n >= 8 and out is not None:
             media.save_image(sheet(wanted[:40], pictures[:40]), out / f"{group}.png", scale=2)
         logger.info("%s: %s", group, {k: v["share"] for k, v in result[group].items() if isinstance(v, dict)})
     return result | {"seed": seed, "threads": torch.get_num_threads(), "call": call}

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from patchkit.metrics import psnr
 from patchkit.zoo import stills
 from patchkit.zoo.detect_stills import score
-from patchkit.zoo.training.image import LATENT_SCALE, latents
 from patchkit.zoo.training.loop import Loop
+from patchkit.zoo.training.stills_run import LATENT_SCALE, latents
 from patchkit.zoo.world import SIZE
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def build_vae(seed: int = 0) -> Any:
         norm_num_groups=8,
         sample_size=SIZE,
         scaling_factor=LATENT_SCALE,
+        shift_factor=0.0,  # the pipelines of flow-matching models ask for it
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,

@@ -143,7 +143,7 @@ class Hints:
 
     @classmethod
     def of(cls, rows: Sequence[Row], views: Sequence[View], tinted: Sequence[bool]) -> Hints:
-        """Those of ``rows``, each about one of ``views``; colours of what is tinted have no names, so they do not count."""
+        """Those of ``rows``, each about one of ``views``; colours count where they have names."""
         spoken = [(n, token, thing) for n, row in enumerate(rows) for token, thing in row.named]
         things = [None if thing is None else views[n].things[thing] for n, _, thing in spoken]
         return cls(
