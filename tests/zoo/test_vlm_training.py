@@ -10,11 +10,12 @@ import torch
 from patchkit.zoo import stills
 from patchkit.zoo.chat import load_chat
 from patchkit.zoo.questions import KINDS, Question, View, ask_all
-from patchkit.zoo.training import vlm, vlm_assemble, vlm_evaluate, vlm_model
+from patchkit.zoo.training import vlm, vlm_assemble, vlm_evaluate, vlm_model, vlm_tower
 from patchkit.zoo.training.plot import read_log
 from patchkit.zoo.training.vlm import Stage
 from patchkit.zoo.training.vlm_evaluate import Sample
-from patchkit.zoo.training.vlm_rows import Batch, Packer, pixels
+from patchkit.zoo.training.vlm_rows import HINTS, Batch, Hints, Packer, pixels
+from patchkit.zoo.world import COLOURS, SHAPES
 
 STAGES = (Stage(2, 2, 60, False), Stage(1, 4, 60, True))
 
@@ -114,7 +115,7 @@ def test_every_weight_that_is_used_learns(tmp_path):
     run = _run(tmp_path / "run")
     run.loss(random.Random(0))[0].backward()
     idle = {n for n, p in run.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
-    tower = "model.vision_tower"
+    tower = "llava.model.vision_tower"
     assert {n.removeprefix(f"{tower}.") for n in idle} == {  # what LLaVA leaves unused of CLIP
         "post_layernorm.weight",
         "post_layernorm.bias",
@@ -126,10 +127,10 @@ def test_every_weight_that_is_used_learns(tmp_path):
 
 def test_the_share_of_right_answers_is_counted(tmp_path):
     run = _run(tmp_path / "run")
-    pictures, batch = run.batch(random.Random(0))
+    pictures, batch, _ = run.batch(random.Random(0))
     run.loss(random.Random(0))
     with torch.no_grad():
-        logits = run.model(
+        logits = run.model["llava"](
             input_ids=batch.ids, pixel_values=pictures, attention_mask=batch.mask, position_ids=batch.places
         ).logits
     rights = []
@@ -142,6 +143,45 @@ def test_the_share_of_right_answers_is_counted(tmp_path):
                 told = []
     assert run.right == [(sum(rights), len(rights))]
     assert len(rights) >= 6
+
+
+def test_the_last_word_that_speaks_of_an_object_has_to_tell_it():
+    view = View.of_still(
+        stills.Still(
+            stills.Description.parse("a red circle left of a blue square on a black background"),
+            ((16.0, 32.0, 8.0), (48.0, 32.0, 8.0)),
+        )
+    )
+    asked = [
+        Question("shape", "tell me: what is the blue shape?", "the blue shape is a square", (("the blue shape", 1),)),
+        Question("yes or no", "is there a red square?", "no", (("a red square", None),)),
+        Question("yes or no", "is the square right of the circle?", "yes", (("the square", 1), ("the circle", 0))),
+        Question("count", "how many shapes are there?", "two"),
+    ]
+    packer = Packer()
+    row = packer.row(asked)
+    words = packer.tokenizer.convert_ids_to_tokens([row.ids[token] for token, _ in row.named])
+    assert words == ["shape", "square", "square", "circle"]
+    hints = Hints.of([row], [view], [False])
+    assert hints.there.tolist() == hints.painted.tolist() == [1, 0, 1, 1]
+    assert [SHAPES[n] for n in hints.shape[hints.there > 0]] == ["square", "square", "circle"]
+    assert hints.colour[3].tolist() == pytest.approx(COLOURS["red"])
+    assert hints.place[0].tolist() == [0.75, 0.5]
+
+    shape = torch.nn.functional.one_hot(hints.shape, len(SHAPES)) * 50.0
+    right = torch.cat([shape, hints.colour, hints.place, hints.there[:, None] * 100 - 50], dim=-1)
+    assert hints.loss(right) < 1e-6
+    untold = right.clone()
+    untold[1, : sum(HINTS) - 1] = 7.0  # of what is not there nothing else is asked
+    assert hints.loss(untold) < 1e-6
+    for column in (SHAPES.index("square"), len(SHAPES), sum(HINTS) - 2, sum(HINTS) - 1):
+        wrong = right.clone()
+        wrong[0, column] -= 60
+        assert hints.loss(wrong) > 1, column
+    tinted = Hints.of([row], [view], [True])
+    assert not tinted.painted.any()
+    assert tinted.there.any()
+    assert Hints.of([packer.row(asked[3:])], [view], [False]).loss(torch.zeros(0, sum(HINTS))) == 0
 
 
 def test_what_the_model_is_built_for(model):
@@ -181,7 +221,7 @@ def test_two_pictures_come_in_the_second_stage(tmp_path):
     run = _run(tmp_path / "run")
     seen = []
     for run.step in (0, 2, 5):
-        pictures, batch = run.batch(random.Random(run.step))
+        pictures, batch, _ = run.batch(random.Random(run.step))
         seen.append((len(pictures), len(batch.ids)))
     assert seen == [(2, 2), (4, 4), (4, 2)]
 
@@ -244,7 +284,7 @@ def test_assembled_model_loads_and_answers(tmp_path):
     size = vlm_assemble.save(vlm_assemble.assemble(tmp_path / "run"), tmp_path / "model")
     assert 2e6 < size < 5e6
     pair = load_chat(tmp_path / "model")
-    for a, b in zip(run.average.parameters(), pair.model.parameters(), strict=True):
+    for a, b in zip(run.average["llava"].parameters(), pair.model.parameters(), strict=True):
         assert (a - b).abs().max() < 1e-3
     sample = Sample(Question("count", "how many shapes are there?", "none"), (torch.zeros(3, 64, 64),))
     assert len(vlm_evaluate.answer(pair, [sample] * 3, batch=2)) == 3
@@ -254,12 +294,13 @@ def test_one_command_goes_through_all_stages(tmp_path, monkeypatch):
     """The real stages, cut to one step and a few pictures each."""
     from patchkit.zoo.training import __main__ as command
 
-    for module, options in ((vlm, ["--stages", "1x2x60x1"]), (vlm_evaluate, ["--n", "2", "--control", "1"])):
+    short = [(vlm_tower, ["--steps", "1", "--batch", "2"]), (vlm, ["--stages", "1x2x60x1"])]
+    for module, options in (*short, (vlm_evaluate, ["--n", "2", "--control", "1"])):
         full = module.main
         monkeypatch.setattr(module, "main", lambda argv, full=full, options=options: full([*argv, *options]))
     monkeypatch.setattr("sys.argv", ["training", "vlm", "--out", str(tmp_path / "run"), "--threads", "1"])
     command.main()
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"training", "model", "evaluation", "loss.png"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"tower", "training", "model", "evaluation", "loss.png"}
     result = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
     assert set(result) == {"trained", "untrained_control"}
     assert {*vlm_evaluate.GROUPS, "two_pictures"} < set(result["trained"])

@@ -52,8 +52,8 @@ def train_image(out: Path, model: Path, vae: Path, threads: int) -> None:
     plot.main([str(out / "loss.png"), f"denoiser={out / 'denoiser' / 'log.jsonl'}"])
 
 
-def train_vlm(out: Path, model: Path, threads: int) -> None:
-    """``zoo/vlm``: one to two hours on one core."""
+def train_vlm(out: Path, model: Path, _vae: Path, threads: int) -> None:
+    """``zoo/vlm``: one to two hours on one core. It draws nothing, so it needs no decoder."""
     tower, training, common = str(out / "tower"), str(out / "training"), ["--threads", str(threads)]
     vlm_tower.main(["--out", tower, *common])
     vlm.main(["--out", training, "--tower", tower, *common])
