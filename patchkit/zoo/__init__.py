@@ -56,11 +56,15 @@ _ENTRIES = {
     "minilm": _Entry(
         folder="", pipeline="", about="all-MiniLM-L6-v2, a real sentence encoder of 6 layers, from a package of its own"
     ),
-    "vlm": _Entry(
-        folder="vlm",
-        pipeline="LlavaForConditionalGeneration",
-        about="questions about pictures of 64x64: colours, shapes, places and number of coloured shapes",
-        call={"image": "example.png", "prompt": "what is in the picture?", "max_new_tokens": 24},
+    "dit": _Entry(
+        folder="dit",
+        pipeline="StableDiffusion3Pipeline",
+        about="text to image, 64x64: up to two coloured shapes and where they are",
+        call={
+            "prompt": "a red circle left of a green square on a blue background",
+            "num_inference_steps": 20,
+            "guidance_scale": 1.5,
+        },
     ),
 }
 _CHATS = ("LlavaForConditionalGeneration",)  # a transformers model with a processor instead of a pipeline
