@@ -154,12 +154,14 @@ class Still:
         spots: (x, y, radius) of each item in pixels; x and y are the middle of its bounding box.
         grain: seed of the grain.
         tints: the items' colours where they are not those of their names.
+        lobes: the items' outlines where they are none of the named shapes: (number, depth, turn) of each one's lobes.
     """
 
     description: Description
     spots: tuple[tuple[float, float, float], ...]
     grain: int = 0
     tints: tuple[tuple[float, float, float], ...] = ()
+    lobes: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def paints(self) -> tuple[tuple[float, float, float], ...]:
@@ -234,6 +236,25 @@ def tint(still: Still, rng: random.Random, apart: float = 0.35, away: float = 0.
     return replace(still, tints=tuple(found[1:]))
 
 
+def reshape(still: Still, rng: random.Random) -> Still:
+    """``still`` with its items in outlines that have no name, and any of the named colours.
+
+    A model that learns colours from these does not learn, instead, which colours a shape never has.
+    """
+    background = still.description.background
+    colours = rng.sample([c for c in COLOURS if c != background], len(still.spots))
+    items = tuple(replace(i, colour=c) for i, c in zip(still.description.items, colours, strict=True))
+    lobes = tuple((rng.choice((2, 3, 4, 5)), rng.uniform(0.2, 0.45), rng.uniform(0, 2 * math.pi)) for _ in items)
+    return replace(still, description=replace(still.description, items=items), lobes=lobes)
+
+
+def _lobed(dx: Tensor, dy: Tensor, radius: Tensor, lobes: tuple[int, float, float]) -> Tensor:
+    """About how many pixels (dx, dy) lies outside an outline of lobes, which touches ``radius`` at their tips."""
+    number, depth, turn = lobes
+    wave = (torch.atan2(dy, dx) * number + turn).cos()
+    return (dx.square() + dy.square()).sqrt() - radius * (1 + depth * (wave - 1))
+
+
 @cache
 def _smoother() -> Tensor:
     """(64, 16): the smoothest rows (least second differences) whose means over four are given."""
@@ -277,7 +298,12 @@ def render(stills: Sequence[Still], strength: float = GRAIN) -> Tensor:
             x, y, radius = torch.tensor([stills[n].spots[slot] for n in here]).view(-1, 3, 1, 1).unbind(1)
             if shape == "triangle":  # its distance is told from the centroid, which lies below the box's middle
                 y = y + 0.36 * radius
-            cover = (0.5 - distance(shape, axis.view(1, 1, -1) - x, axis.view(1, -1, 1) - y, radius)).clamp(0, 1)
+            outside = distance(shape, axis.view(1, 1, -1) - x, axis.view(1, -1, 1) - y, radius)
+            for k, n in enumerate(here):
+                if stills[n].lobes:
+                    dx, dy = axis.view(1, -1) - x[k], axis.view(-1, 1) - stills[n].spots[slot][1]
+                    outside[k] = _lobed(dx, dy, radius[k], stills[n].lobes[slot])
+            cover = (0.5 - outside).clamp(0, 1)
             front = torch.tensor([stills[n].paints[slot] for n in here]).view(-1, 3, 1, 1)
             out[here] += cover.unsqueeze(1) * (front - out[here])
     if strength:

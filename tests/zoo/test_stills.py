@@ -1,6 +1,7 @@
 """Captions, scenes and pictures of the stills."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from patchkit.zoo import stills
 from patchkit.zoo.stills import Description, Item
-from patchkit.zoo.world import BACKGROUNDS, COLOURS
+from patchkit.zoo.world import BACKGROUNDS, COLOURS, SIZE
 
 
 def _draw(text, seed=0):
@@ -119,3 +120,27 @@ def test_pictures():
 def test_items_speak_english():
     assert str(Item("orange", "square")) == "an orange square"
     assert str(Item("red", "square")) == "a red square"
+
+
+def test_outlines_without_a_name_have_any_colour_and_stay_in_place():
+    rng = random.Random(3)
+    shown = [stills.reshape(stills.draw(stills.sample_description(rng, 1.0), rng), rng) for _ in range(60)]
+    pairs = {(i.colour, i.shape) for s in shown for i in s.description.items}
+    assert pairs >= set(stills.HELD_OUT_ITEMS)  # what a shape never has, an outline has
+    flat = stills.render(shown, strength=0)
+    axis = torch.arange(SIZE) + 0.5
+    for still, picture in zip(shown, flat, strict=True):
+        back = torch.tensor(BACKGROUNDS[still.description.background]).view(3, 1, 1)
+        colours = {still.description.background, *(i.colour for i in still.description.items)}
+        assert len(colours) == 3
+        painted = (picture - back).abs().amax(dim=0) > 1e-3
+        around = torch.zeros_like(painted)
+        for (x, y, radius), paint in zip(still.spots, still.paints, strict=True):
+            near = ((axis - x).square()[None, :] + (axis - y).square()[:, None]).sqrt() < radius + 1
+            around |= near
+            full = (picture[:, near] - torch.tensor(paint).view(3, 1)).abs().amax(dim=0) < 1e-3
+            assert 0.2 < full.float().mean() < 0.95  # neither a speck nor the whole disc
+        assert not (painted & ~around).any()
+    assert (flat - stills.render([replace(s, lobes=()) for s in shown], strength=0)).abs().flatten(1).amax(
+        1
+    ).min() > 0.1

@@ -146,12 +146,11 @@ def test_the_share_of_right_answers_is_counted(tmp_path):
 
 
 def test_the_last_word_that_speaks_of_an_object_has_to_tell_it():
-    view = View.of_still(
-        stills.Still(
-            stills.Description.parse("a red circle left of a blue square on a black background"),
-            ((16.0, 32.0, 8.0), (48.0, 32.0, 8.0)),
-        )
+    still = stills.Still(
+        stills.Description.parse("a red circle left of a blue square on a black background"),
+        ((16.0, 32.0, 8.0), (48.0, 32.0, 8.0)),
     )
+    view = View.of_still(still)
     asked = [
         Question("shape", "tell me: what is the blue shape?", "the blue shape is a square", (("the blue shape", 1),)),
         Question("yes or no", "is there a red square?", "no", (("a red square", None),)),
@@ -162,7 +161,7 @@ def test_the_last_word_that_speaks_of_an_object_has_to_tell_it():
     row = packer.row(asked)
     words = packer.tokenizer.convert_ids_to_tokens([row.ids[token] for token, _ in row.named])
     assert words == ["shape", "square", "square", "circle"]
-    hints = Hints.of([row], [view], [False])
+    hints = Hints.of([row], [view], [still])
     assert hints.there.tolist() == hints.painted.tolist() == [1, 0, 1, 1]
     assert [SHAPES[n] for n in hints.shape[hints.there > 0]] == ["square", "square", "circle"]
     assert hints.colour[3].tolist() == pytest.approx(COLOURS["red"])
@@ -178,10 +177,13 @@ def test_the_last_word_that_speaks_of_an_object_has_to_tell_it():
         wrong = right.clone()
         wrong[0, column] -= 60
         assert hints.loss(wrong) > 1, column
-    tinted = Hints.of([row], [view], [True])
+    tinted = Hints.of([row], [view], [stills.tint(still, random.Random(0))])
     assert not tinted.painted.any()
-    assert tinted.there.any()
-    assert Hints.of([packer.row(asked[3:])], [view], [False]).loss(torch.zeros(0, sum(HINTS))) == 0
+    assert tinted.shaped.tolist() == hints.there.tolist()
+    reshaped = Hints.of([row], [view], [stills.reshape(still, random.Random(0))])
+    assert not reshaped.shaped.any()
+    assert reshaped.painted.tolist() == hints.there.tolist()
+    assert Hints.of([packer.row(asked[3:])], [view], [still]).loss(torch.zeros(0, sum(HINTS))) == 0
 
 
 def test_what_the_model_is_built_for(model):

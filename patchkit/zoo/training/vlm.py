@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from patchkit.zoo import stills
 from patchkit.zoo.questions import View, ask_about_two, sample_still
-from patchkit.zoo.stills import tint
+from patchkit.zoo.stills import reshape, tint
 from patchkit.zoo.training.loop import Loop
 from patchkit.zoo.training.muon import Muon
 from patchkit.zoo.training.vlm_model import WIDTH, build_model
@@ -38,7 +38,10 @@ from patchkit.zoo.training.vlm_rows import HINTS, Batch, Hints, Packer, choose, 
 logger = logging.getLogger(__name__)
 
 CONVERSATIONS = 0.2  # share of the pictures whose questions are turns of one conversation
-TINTED = 0.25  # share of the pictures whose objects have any colours, and that are asked about shapes and places only
+# Shares of the pictures that teach shapes apart from colours, and colours apart from shapes; otherwise the decoder
+# learns which of them never come together, and is wrong on just these.
+TINTED = 0.2  # objects have any colours, and questions are about shapes and places
+RESHAPED = 0.2  # objects have outlines without a name, and questions are about colours
 PLAIN = 0.1  # share of the pictures that come without the system's sentence
 HINTED = 3  # decoder layers below the states that have to tell what is spoken of
 TWO_EVERY = 5  # of the stages with two pictures, one step in so many has them
@@ -111,13 +114,15 @@ class Run(Loop):
             for pair in zip(views[::2], views[1::2], strict=True):
                 rows.append(self.packer.row(ask_about_two(pair, rng), 2, rng.random() < PLAIN))
         else:
-            for n, view in enumerate(views):
-                if rng.random() < TINTED:
-                    shown[n] = tint(shown[n], rng)
-                questions = choose(view, bool(shown[n].tints), rng)
+            for n, still in enumerate(shown):
+                kind = rng.random()
+                if kind < TINTED + RESHAPED:
+                    shown[n] = tint(still, rng) if kind < TINTED else reshape(still, rng)
+                    views[n] = View.of_still(shown[n])
+                questions = choose(views[n], shown[n], rng)
                 rows.append(self.packer.row(questions, 1, rng.random() < PLAIN, rng.random() < CONVERSATIONS))
         batch = Batch.of(rows, self.packer.tokenizer.pad_token_id)
-        return pixels(stills.render(shown)), batch, Hints.of(rows, views, [bool(s.tints) for s in shown])
+        return pixels(stills.render(shown)), batch, Hints.of(rows, views, shown)
 
     def loss(self, rng: random.Random) -> tuple[Tensor, int]:
         pictures, batch, hints = self.batch(rng)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from patchkit.zoo.chat import IMAGE_TOKENS, SYSTEM, chat_tokenizer
 from patchkit.zoo.questions import KINDS, Question, View, ask, ask_all, in_a_sentence
+from patchkit.zoo.stills import Still
 from patchkit.zoo.world import COLOURS, SHAPES
 
 QUESTIONS = 4  # about each picture, besides its caption
 # Which of two objects is meant is learnt last, long after both can be described; so most questions turn on that.
 REFERRING = ("colour", "colour", "shape", "shape", "position", "neighbour", "yes or no")
 SENTENCES = 0.5  # share of these questions that want a sentence, which names what is meant once more before it tells
+UNSHAPED = ("colour", "colour", "colour", "colour", "background", "count")
 UNCOLOURED = ("yes or no", "shape", "yes or no", "position", "shape", "yes or no", "count", "shape")
 HINTS = (len(SHAPES), 3, 2, 1)  # its shape, colour (red, green, blue), place (x, y), and whether it is there at all
 HINT_WEIGHTS = (1.0, 10.0, 10.0, 1.0)
@@ -42,11 +44,12 @@ class Row:
     named: list[tuple[int, int | None]] = field(default_factory=list)
 
 
-def choose(view: View, tinted: bool, rng: random.Random) -> list[Question]:
-    """A few questions about a picture; where the colours have no names, those that speak of no object's colour."""
-    if tinted:
-        found = [ask(view, rng, kind) for kind in UNCOLOURED]
-        fitting = {q.text: q for q in found if q is not None and not COLOURS.keys() & set(q.words)}
+def choose(view: View, still: Still, rng: random.Random) -> list[Question]:
+    """A few questions about a picture, among them none that asks for colours or shapes without names."""
+    unnamed = {*(COLOURS if still.tints else ()), *(SHAPES if still.lobes else ())}
+    if unnamed:
+        found = [ask(view, rng, kind) for kind in (UNCOLOURED if still.tints else UNSHAPED)]
+        fitting = {q.text: q for q in found if q is not None and not unnamed & set(q.words)}
         return list(fitting.values())[:QUESTIONS]
     if len(view.things) == 2:
         found = [ask(view, rng, kind) for kind in (*REFERRING, *rng.sample(KINDS, 2))]
@@ -130,7 +133,7 @@ class Hints:
         shape: (N,) numbers of shapes.
         colour, place: (N, 3) in [0, 1] and (N, 2) as shares of the picture.
         there: (N,) 1 for an object that is there, else 0; the others count only for these.
-        painted: (N,) 1 where the colour counts, too.
+        painted, shaped: (N,) 1 where the colour counts, and where the shape does.
     """
 
     rows: Tensor
@@ -140,10 +143,11 @@ class Hints:
     place: Tensor
     there: Tensor
     painted: Tensor
+    shaped: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Row], views: Sequence[View], tinted: Sequence[bool]) -> Hints:
-        """Those of ``rows``, each about one of ``views``; colours count where they have names."""
+    def of(cls, rows: Sequence[Row], views: Sequence[View], shown: Sequence[Still]) -> Hints:
+        """Those of ``rows``, each about one of ``views``; colours and shapes count where they have names."""
         spoken = [(n, token, thing) for n, row in enumerate(rows) for token, thing in row.named]
         things = [None if thing is None else views[n].things[thing] for n, _, thing in spoken]
         return cls(
@@ -153,7 +157,8 @@ class Hints:
             torch.tensor([(0.0,) * 3 if t is None else COLOURS[t.item.colour] for t in things]).view(-1, 3),
             torch.tensor([(0.0,) * 2 if t is None else (t.x, t.y) for t in things]).view(-1, 2),
             torch.tensor([float(t is not None) for t in things]),
-            torch.tensor([float(t is not None and not tinted[n]) for (n, _, _), t in zip(spoken, things, strict=True)]),
+            torch.tensor([float(thing is not None and not shown[n].tints) for n, _, thing in spoken]),
+            torch.tensor([float(thing is not None and not shown[n].lobes) for n, _, thing in spoken]),
         )
 
     def loss(self, told: Tensor) -> Tensor:
@@ -162,7 +167,7 @@ class Hints:
             return told.sum()
         shape, colour, place, there = told.split(HINTS, dim=-1)
         parts = (
-            (F.cross_entropy(shape, self.shape, reduction="none") * self.there).mean(),
+            (F.cross_entropy(shape, self.shape, reduction="none") * self.shaped).mean(),
             ((colour - self.colour).square().mean(dim=-1) * self.painted).mean(),
             ((place - self.place).square().mean(dim=-1) * self.there).mean(),
             F.binary_cross_entropy_with_logits(there[:, 0], self.there),
