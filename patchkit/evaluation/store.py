@@ -18,6 +18,7 @@ import torch
 
 from patchkit.errors import InvalidOption, PatchkitError
 from patchkit.evaluation.measures import Result
+from patchkit.locking import LOCK
 from patchkit.media import replacing
 from patchkit.runs.writing import finite
 
@@ -113,7 +114,7 @@ class Store:
 
 def check_folder(folder: Path, where: str = "--output") -> None:
     """Refuse a folder that holds something else than a comparison. Leaves nothing behind."""
-    if folder.is_dir() and any(folder.iterdir()) and not _ours(folder / ROWS):
+    if folder.is_dir() and {p.name for p in folder.iterdir()} - {LOCK} and not _ours(folder / ROWS):
         raise InvalidOption(
             f"{folder} exists and holds no comparison that could be gone on with",
             where,

@@ -19,6 +19,7 @@ from patchkit.evaluation.progress import Clock, Progress
 from patchkit.evaluation.request import Request
 from patchkit.evaluation.store import Store
 from patchkit.evaluation.summary import summarise
+from patchkit.locking import alone_in
 from patchkit.runs import calls, loading, measure, running
 from patchkit.runs.loading import Loaded
 from patchkit.runs.running import Variant
@@ -70,8 +71,8 @@ def run(
         bars: whether the model's own bars may be shown on a terminal.
 
     Raises:
-        PatchkitError: something is wrong, or the pipeline failed. The model is unpatched then; what was finished is
-            kept, and the same call goes on from there.
+        PatchkitError: something is wrong, another run writes to this folder, or the pipeline failed. The model is
+            unpatched then; what was finished is kept, and the same call goes on from there.
     """
     spec = request.job.file.model
     assert spec is not None
@@ -80,15 +81,16 @@ def run(
     running.check_plan(request.job, loaded)
     runner = _Runner(request, loaded, learned.prepare(request.clip, request.dino, loaded.device))
     samples = list(runner.samples())
-    notes = [*request.notes, *runner.take_up(samples)]
-    runner.compute(samples, say, progress, bars, notes)
-    runner.store.tidy()
-    rows = [runner.store.rows[sample.key] for sample in samples]
-    notes += sorted({f"{row['variant']}, {caution}" for row in rows for caution in row["cautions"]})
-    summary = summarise(request, rows, runner.learned.missing)
-    summary |= runner.facts()
-    say("writing the page")
-    files = reporting.write(request, runner.store, rows, summary, notes)
+    with alone_in(request.output, "a comparison"):
+        notes = [*request.notes, *runner.take_up(samples)]
+        runner.compute(samples, say, progress, bars, notes)
+        runner.store.tidy()
+        rows = [runner.store.rows[sample.key] for sample in samples]
+        notes += sorted({f"{row['variant']}, {caution}" for row in rows for caution in row["cautions"]})
+        summary = summarise(request, rows, runner.learned.missing)
+        summary |= runner.facts()
+        say("writing the page")
+        files = reporting.write(request, runner.store, rows, summary, notes)
     return Comparison(files, summary, notes)
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from patchkit.locking import LOCK, alone_in
 from patchkit.runs import loading
 from patchkit.zoo import worlds
 
@@ -122,6 +123,16 @@ def test_a_model_without_a_world(cli, here, sources, model_folder, monkeypatch):
     assert "has no world of its own" in result.stderr
     result = cli("compare", "weak.yaml", "dense", "--seeds", 3, "--model", model_folder)
     assert "the prompt is missing" in result.stderr
+
+
+def test_two_runs_do_not_write_to_one_folder(cli, here, pipe, model_folder):
+    (here / "plain.yaml").write_text(f"version: 1\nmodel: {model_folder}\nrecipes: [{{dimming: {{density: 0.5}}}}]\n")
+    flags = ["--prompt", "cat", "--seeds", 1, "--pipeline-kwargs", "{}", "--output", "held"]
+    with alone_in(here / "held", "a comparison"):
+        result = cli("compare", "plain.yaml", "dense", *flags)
+    assert result.exit_code == 1, result.output
+    assert "a comparison is already running in this folder" in result.stderr
+    assert {p.name for p in (here / "held").iterdir()} == {LOCK}
 
 
 @pytest.mark.parametrize(("error", "code"), [("runtime", 1), ("interrupt", 130)])
