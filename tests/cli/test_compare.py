@@ -31,7 +31,7 @@ def test_from_end_to_end(cli, here, sources):
     assert result.exit_code == 0, result.output
     folder = here / "out" / "compare-none"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"report.html", "samples.jsonl", "summary.json", "table.md", "frames"}
+    assert names == {"report.html", "samples.jsonl", "summary.json", "table.md", "frames", LOCK}
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [r["prompt"] for r in rows[::2]] == list(worlds.of("video").prompts(2))
     assert {(r["variant"], r["seed"]) for r in rows} == {(v, s) for v in ("dense", "none") for s in (0, 1000)}
