@@ -1,0 +1,134 @@
+"""The weak pass of SoftPAG: which passes it is for, what it shares with the pass before it, what its heads give.
+
+Within one step the conditional pass runs first and leaves behind, in ``call.shared``, what the weak pass need not
+compute again: what the blocks before the first perturbed one return, and the attention output of that block. Both
+passes get the same inputs up to there, so the result is that of a whole weak pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from patchkit.context import AttentionCall, BlockCall, DenoiseCall, Moment
+from patchkit.errors import Conflict, PatchkitError
+from patchkit.guidance import add_to_all, batch_of, conditional, half, prediction
+from patchkit.recipes.headhunter.perturb import blend, pushed
+
+if TYPE_CHECKING:
+    from patchkit.recipes.headhunter import SoftPAG
+
+WEAK = "weak"  # the branch of the pass: other recipes keep a state of its own for it
+GUIDED = ("cond", "single", "batched")
+
+
+def guided(recipe: SoftPAG, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:
+    """The denoiser's output with w (eps_cond - eps_weak) added to every guidance pass."""
+    key = ("delta", call.component)
+    if call.branch == "uncond":
+        if key not in call.shared or call.shared[key][0] != call.step:
+            raise PatchkitError(
+                "the unconditional pass runs before the conditional one",
+                f"{call.component}, step {call.step}",
+                "this pipeline's order of guidance passes is not supported by softpag",
+            )
+        return add_to_all(next(call), call.shared[key][1], call)
+    if call.kwargs.get("skip_layers") is not None:
+        raise Conflict(
+            "skip-layer guidance and softpag in the same run",
+            call.component,
+            "call the pipeline without skip_guidance_layers, or remove softpag",
+        )
+    if call.branch not in GUIDED:
+        return next(call)  # a further pass of somebody else's
+    batched = call.branch == "batched"
+    call.shared["kept", call.component] = {"samples": batch_of(call) if batched else None}
+    device = _device(call)
+    with call.ledger.time("base pass", device):
+        out = next(call)
+    whole = prediction(out, call)
+    strong = whole[whole.shape[0] // 2 :] if batched else whole
+    own = conditional(call)
+    moment = Moment(call.step, call.total, WEAK)
+    try:
+        with call.ledger.time("weak pass", device), _own_cache(call.module):
+            faint = prediction(next(own.replace(moment=moment)), call)
+    finally:
+        call.shared.pop(("kept", call.component), None)
+    call.ledger.count("weak passes")
+    delta = recipe.scale * (strong - faint)
+    if call.branch == "cond":
+        call.shared[key] = (call.step, delta)
+    return add_to_all(out, delta, call)
+
+
+def _device(call: DenoiseCall) -> torch.device:
+    for x in (*call.args, *call.kwargs.values()):
+        if isinstance(x, Tensor):
+            return x.device
+    return torch.device("cpu")
+
+
+def _own_cache(module: Any) -> contextlib.AbstractContextManager[Any]:
+    """Step caches keep their state by the name of the pass."""
+    context = getattr(module, "cache_context", None)
+    return context(WEAK) if callable(context) else contextlib.nullcontext()
+
+
+def shared_prefix(recipe: SoftPAG, call: BlockCall, next: Callable[[BlockCall], Any]) -> Any:
+    """Blocks before the first perturbed one run once a step; the weak pass gets what they returned."""
+    kept = call.shared.get(("kept", call.block.component))
+    first = recipe.first
+    if kept is None or first is None or call.layer >= first:
+        return next(call)
+    # Where blocks hand their output to the next one only, the last of each list is enough.
+    name = ("block", call.block.stack if call.block.chained else call.block.name)
+    if call.branch == WEAK:
+        if name not in kept:
+            return next(call)
+        call.ledger.count("shared blocks")
+        return kept[name]
+    out = next(call)
+    if call.block.must_run is None:
+        samples = kept["samples"]
+        kept[name] = out if samples is None else half(out, samples)
+    return out
+
+
+def perturbed(recipe: SoftPAG, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
+    """One op of a perturbed block: untouched in other passes, its chosen heads pushed in the weak one."""
+    kept = call.shared.get(("kept", call.site.component))
+    if call.branch != WEAK:
+        out = next(call)
+        if kept is not None and call.site.layer == recipe.first:
+            _keep(kept, call, out)
+        return out
+    gate = recipe.gate(call.site, call.q)
+    form, name = recipe.form, ("op", call.site.name, call.index)
+    if kept is not None and name in kept:
+        call.ledger.count("shared ops")
+        out = kept.pop(name)
+    elif form.ignores_queries and bool((gate == 1).all()):
+        call.ledger.count("ops without attention")
+        return pushed(call, None, form).to(call.q.dtype)
+    else:
+        out = next(call)
+    chosen = gate[0].nonzero()[:, 0]
+    result = out.clone()
+    result[:, chosen] = blend(out[:, chosen], pushed(call, out, form)[:, chosen], gate[:, chosen])
+    return result
+
+
+def _keep(kept: dict[Any, Any], call: AttentionCall, out: Tensor) -> None:
+    """Keep the op's output of the conditional samples, as the weak pass will ask for it."""
+    samples, index = kept["samples"], call.index
+    if samples is not None and out.shape[0] == samples:
+        out = out[samples // 2 :]
+    elif samples is not None:  # the model calls the op sample by sample (Mochi)
+        index -= samples // 2
+    if index >= 0:
+        kept["op", call.site.name, index] = out
