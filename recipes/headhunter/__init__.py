@@ -1,140 +1,96 @@
-"""SoftPAG: guidance away from a pass in which the attention of a few heads is perturbed."""
+"""HeadHunter and SoftPAG: guidance away from perturbed attention heads, and the search for good ones.
+
+"Where and How to Perturb: On the Design of Perturbation Guidance in Diffusion and Flow Models", arXiv 2506.10978.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import torch
-from pydantic import Field
-from torch import Tensor
-
-from patchkit.context import AttentionCall, BlockCall, DenoiseCall
 from patchkit.errors import InvalidOption
-from patchkit.recipe_base import Recipe
-from patchkit.recipes.headhunter import weak
-from patchkit.recipes.headhunter.perturb import Form, Scope, Target
-from patchkit.registry import recipe
-from patchkit.selection import Indices
-from patchkit.sites import Site
+from patchkit.recipes.headhunter import search
+from patchkit.recipes.headhunter.perturb import Scope, Target
+from patchkit.recipes.headhunter.search import Hunt, Objective, Progress, Question
+from patchkit.recipes.headhunter.softpag import SoftPAG
+from patchkit.recipes.headhunter.store import Store
 
-Head = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+__all__ = ["Hunt", "Objective", "Progress", "SoftPAG", "hunt"]
 
 
-@recipe("softpag")
-@dataclass(frozen=True, kw_only=True)
-class SoftPAG(Recipe):
-    """Guidance by heads: steers away from a weak prediction, for which a few heads' attention was perturbed.
+def hunt(
+    pipe: Any,
+    objective: Objective,
+    prompts: Sequence[str] | str,
+    seeds: Sequence[int] | None = None,
+    top_k: int = 3,
+    rounds: int = 5,
+    scale: float = 3.0,
+    strength: float = 1.0,
+    layers: str | int | list[int] | None = None,
+    store: str | Path | None = None,
+    *,
+    scope: Scope = "all",
+    target: Target = "identity",
+    batch: int = 4,
+    progress: Callable[[Progress], None] = lambda progress: None,
+    **call_kwargs: Any,
+) -> Hunt:
+    """Find the heads whose perturbation guides best toward an objective (greedy, round by round).
 
-    Each step computes a second, weak prediction with the conditional prompt, in which the attention maps of the chosen
-    heads are pushed toward another map, (1 - u) A + u I. The guided prediction is eps + w (eps_cond - eps_weak), on
-    top of any classifier-free guidance and without one. Which heads are good for what is found by :func:`hunt`.
-
-    Only closed forms are used, no N x N map. The weak pass begins at the first perturbed block: what comes before is
-    the same in both passes (*ours*; bit-equal).
-
-    Paper: Where and How to Perturb: On the Design of Perturbation Guidance in Diffusion and Flow Models, arXiv
-    2506.10978.
+    In each round every head that is left is tried together with the heads chosen so far: one image for each pair of
+    prompt and seed, scored by ``objective``. The ``top_k`` best join the chosen ones.
 
     Args:
-        heads: ``[(layer, head), ...]``; layers count in the order in which blocks run (FLUX: double blocks, then single
-            ones).
-        strength: u, how far the maps are pushed, 0 to 1; 1 is PAG.
-        scale: w, how far the result is steered away from the weak one. Independent of the guidance scale.
-        scope: ``"all"``, the paper's: the map of the whole sequence, text included. ``"image"``: image queries lose the
-            other image keys before the softmax (PAG in diffusers). ``"image_renorm"``: their mass moves to the own key.
-            Heads that were found with one scope mean nothing in another.
-        target: what the map becomes: ``"identity"``, ``"uniform"``, or that of the ``"mean_query"``; the last two with
-            the scope ``"all"`` only.
+        pipe: a loaded pipeline. It is left as it was.
+        objective: ``objective(image, prompt) -> float``, more is better. Images are what the pipeline returns.
+        prompts: one or several.
+        seeds: one for each prompt; by default 0, 1, 2 ... A single prompt is combined with every seed.
+        top_k: heads that a round adds.
+        rounds: how often.
+        scale: see :class:`SoftPAG`.
+        strength: see :class:`SoftPAG`. The paper searches with 1 for styles and 0.25 for quality; lowering it
+            afterwards is cheaper than a new search.
+        layers: which layers the heads come from; late ones make the weak pass cheap. None = all.
+        store: a JSON file to which everything is written as soon as it is known. The same call goes on from it.
+        scope: see :class:`SoftPAG`.
+        target: see :class:`SoftPAG`.
+        batch: candidates that share a forward.
+        progress: is told before each group how far the hunt is.
+        **call_kwargs: for the pipeline, such as ``num_inference_steps`` and ``guidance_scale``.
+
+    Returns:
+        The heads in order of selection, and all scores.
+
+    Raises:
+        InvalidOption: arguments that do not fit together, or a store of another hunt.
     """
-
-    heads: list[Head] = dataclasses.field(default_factory=list)  # type: ignore[assignment]
-    strength: Annotated[float, Field(ge=0, le=1)] = 0.5
-    scale: Annotated[float, Field(ge=0)] = 3.0
-    scope: Scope = "all"
-    target: Target = "identity"
-
-    summary: ClassVar[str] = "guides away from a pass in which a few attention heads are perturbed"
-    paper: ClassVar[str] = "Where and How to Perturb (HeadHunter and SoftPAG, arXiv 2506.10978)"
-    effect: ClassVar[Literal["replaces", "adjusts"]] = "adjusts"
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-    families: ClassVar[tuple[str, ...]] = ("diffusers",)
-    uses_heads: ClassVar[bool] = True
-
-    # --- options ----------------------------------------------------------------------------------------------
-
-    def validate(self) -> None:
-        """Targets other than the identity are maps of the whole sequence."""
-        if self.target != "identity" and self.scope != "all":
-            raise InvalidOption(
-                f"the target {self.target!r} with the scope {self.scope!r}",
-                f"recipe {self.name!r}, option 'target'",
-                'use scope="all", or target="identity"',
-            )
-        if self.layers is not None:
-            raise InvalidOption(
-                "layers are part of the heads here", f"recipe {self.name!r}, option 'layers'", "leave it out"
-            )
-
-    def head_numbers(self, where: str = "heads") -> Indices:
-        """Heads are named with their layer; see :attr:`gates`."""
-        return Indices.parse(None, where)
-
-    @property
-    def form(self) -> Form:
-        """Which map the heads are pushed to."""
-        return Form(self.scope, self.target)
-
-    @property
-    def first(self) -> int | None:
-        """The first perturbed layer; None without heads."""
-        return min((layer for layer, _ in self.heads), default=None)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is guided: no second pass is made then."""
-        return not self.heads or self.strength == 0 or self.scale == 0
-
-    def accepts(self, site: Site) -> str | None:
-        """The first attention of a block that has one of the heads; others (SD3.5's ``attn2``) if ``targets`` ask."""
-        if site.order > 0 and self.targets is None:
-            return "not the first attention of its block (name it in targets)"
-        if self.heads and all(layer != site.layer for layer, _ in self.heads):
-            return "none of the heads is in this layer"
-        return None
-
-    def prepare(self, target: Any, sites: list[Site]) -> None:
-        """Every head must be there."""
-        for layer, head in self.heads:
-            found = [site for site in sites if site.layer == layer]
-            if not found or any(head >= site.heads > 0 for site in found):
-                there = (
-                    f"{max((s.heads for s in found), default=0)} heads" if found else "no attention that it perturbs"
-                )
-                raise InvalidOption(
-                    f"there is no head {head} in layer {layer}: it has {there}",
-                    f"recipe {self.name!r}, option 'heads'",
-                    f"layers 0 to {sites[0].layers - 1}; print(patchkit.plan(pipe, ...)) lists them",
-                )
-
-    def gate(self, site: Site, like: Tensor) -> Tensor:
-        """(1, H) strengths of a site's heads, 0 where a head is left alone."""
-        gate = torch.zeros(1, like.shape[1], device=like.device)
-        gate[0, sorted({head for layer, head in self.heads if layer == site.layer})] = self.strength
-        return gate
-
-    # --- the three places --------------------------------------------------------------------------------------
-
-    def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:
-        """The prediction, moved away from the weak one on every guidance pass."""
-        return next(call) if self.idle else weak.guided(self, call, next)
-
-    def block(self, call: BlockCall, next: Callable[[BlockCall], Any]) -> Any:
-        """Remember what comes before the first perturbed block; in the weak pass give it back."""
-        return next(call) if self.idle else weak.shared_prefix(self, call, next)
-
-    def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
-        """In the weak pass, push the chosen heads."""
-        return next(call) if self.idle else weak.perturbed(self, call, next)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if seeds is None:
+        seeds = list(range(len(prompts)))
+    seeds = list(seeds)
+    if len(prompts) == 1:
+        prompts = prompts * len(seeds)
+    if not prompts or len(prompts) != len(seeds):
+        raise InvalidOption(
+            f"{len(prompts)} prompts and {len(seeds)} seeds", "hunt", "give a seed for each prompt, or one prompt"
+        )
+    for name, value in (("top_k", top_k), ("rounds", rounds), ("batch", batch)):
+        if value < 1:
+            raise InvalidOption(f"{name} is {value}", "hunt", "give at least 1")
+    recipe = SoftPAG(scale=scale, strength=strength, scope=scope, target=target)
+    if scale == 0 or strength == 0:
+        raise InvalidOption("a scale or strength of 0 guides nothing", "hunt", "give numbers above 0")
+    question = Question(prompts, seeds, top_k, rounds, batch, recipe, call_kwargs)
+    pool = search.candidates(pipe, recipe, layers)
+    terms = {
+        "model": search.model_of(pipe, recipe),
+        "objective": getattr(objective, "name", None) or getattr(objective, "__qualname__", type(objective).__name__),
+        **{n: getattr(question, n) for n in ("prompts", "seeds", "top_k", "batch")},
+        "recipe": recipe.options(defaults=True),
+        "pool": [list(head) for head in pool],
+        "call": {name: repr(value) for name, value in sorted(call_kwargs.items())},
+    }
+    kept = Store(None if store is None else Path(store), terms)
+    return search.search(pipe, objective, question, pool, kept, progress)

@@ -20,7 +20,7 @@ from patchkit.guidance import add_to_all, batch_of, conditional, half, predictio
 from patchkit.recipes.headhunter.perturb import blend, pushed
 
 if TYPE_CHECKING:
-    from patchkit.recipes.headhunter import SoftPAG
+    from patchkit.recipes.headhunter.softpag import SoftPAG
 
 WEAK = "weak"  # the branch of the pass: other recipes keep a state of its own for it
 GUIDED = ("cond", "single", "batched")
@@ -107,7 +107,7 @@ def perturbed(recipe: SoftPAG, call: AttentionCall, next: Callable[[AttentionCal
         if kept is not None and call.site.layer == recipe.first:
             _keep(kept, call, out)
         return out
-    gate = recipe.gate(call.site, call.q)
+    gate = recipe.gate(call)
     form, name = recipe.form, ("op", call.site.name, call.index)
     if kept is not None and name in kept:
         call.ledger.count("shared ops")
@@ -117,7 +117,7 @@ def perturbed(recipe: SoftPAG, call: AttentionCall, next: Callable[[AttentionCal
         return pushed(call, None, form).to(call.q.dtype)
     else:
         out = next(call)
-    chosen = gate[0].nonzero()[:, 0]
+    chosen = gate.amax(0).nonzero()[:, 0]
     result = out.clone()
     result[:, chosen] = blend(out[:, chosen], pushed(call, out, form)[:, chosen], gate[:, chosen])
     return result
