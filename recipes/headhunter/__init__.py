@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from patchkit import api
 from patchkit.errors import InvalidOption
 from patchkit.recipes.headhunter import search
 from patchkit.recipes.headhunter.perturb import Scope, Target
+from patchkit.recipes.headhunter.presets import model_of
 from patchkit.recipes.headhunter.search import Hunt, Objective, Progress, Question
 from patchkit.recipes.headhunter.softpag import SoftPAG
 from patchkit.recipes.headhunter.store import Store
@@ -85,7 +87,7 @@ def hunt(
     question = Question(prompts, seeds, top_k, rounds, batch, recipe, call_kwargs)
     pool = search.candidates(pipe, recipe, layers)
     terms = {
-        "model": search.model_of(pipe, recipe),
+        "model": model_of(api.plan(pipe, recipe).selections[0].matched),
         "objective": getattr(objective, "name", None) or getattr(objective, "__qualname__", type(objective).__name__),
         **{n: getattr(question, n) for n in ("prompts", "seeds", "top_k", "batch")},
         "recipe": recipe.options(defaults=True),

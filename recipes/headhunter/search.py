@@ -15,6 +15,8 @@ from torch import Tensor
 from patchkit import api
 from patchkit.context import AttentionCall
 from patchkit.errors import InvalidOption, PatchkitError
+from patchkit.recipes.headhunter import presets
+from patchkit.recipes.headhunter.presets import Preset
 from patchkit.recipes.headhunter.softpag import SoftPAG
 from patchkit.recipes.headhunter.store import Head, Store, text_of
 from patchkit.selection import Indices
@@ -48,6 +50,28 @@ class Hunt:
     scores: list[dict[Head, float]]
     terms: dict[str, Any] = field(repr=False)
 
+    def save_preset(self, name_or_path: str | Path, about: str = "", first: int | None = None) -> Path:
+        """Write the heads as a preset that ``SoftPAG(heads=...)`` takes by this name or path.
+
+        Args:
+            name_or_path: a path ends in ``.json``; a name is kept among the user's presets.
+            about: what the heads are good for, in words; by default the objective's name.
+            first: only so many heads, in order of selection.
+        """
+        heads = self.heads[:first]
+        best = {text_of(head): scores[head] for head, scores in zip(heads, self._rounds_of(heads), strict=True)}
+        found = {name: self.terms[name] for name in ("prompts", "seeds", "top_k", "call", "objective")}
+        recipe = self.terms["recipe"]
+        found |= {"scale": recipe["scale"], "strength": recipe["strength"], "scores": best}
+        about = about or str(self.terms["objective"])
+        preset = Preset(heads, self.terms["model"], recipe["scope"], recipe["target"], about, found)
+        return preset.save(presets.place(str(name_or_path)))
+
+    def _rounds_of(self, heads: list[Head]) -> list[dict[Head, float]]:
+        """The scores of the round in which each head was chosen."""
+        step = int(self.terms["top_k"])
+        return [self.scores[i // step] for i in range(len(heads))]
+
 
 @dataclass(frozen=True)
 class Question:
@@ -70,15 +94,6 @@ def candidates(pipe: Any, recipe: SoftPAG, layers: Any) -> list[Head]:
     if not found:
         raise InvalidOption(f"the layers {layers!r} have no attention that can be perturbed", "hunt", "widen layers")
     return sorted(found)
-
-
-def model_of(pipe: Any, recipe: SoftPAG) -> dict[str, Any]:
-    """What tells a model from others, as far as its heads go."""
-    found = {}
-    for site in api.plan(pipe, recipe).selections[0].matched:
-        facts = found.setdefault(site.component, {"layers": site.layers, "heads": site.heads})
-        facts["heads"] = max(facts["heads"], site.heads)
-    return {"pipeline": type(pipe).__name__, "components": found}
 
 
 def search(

@@ -14,7 +14,7 @@ from torch import Tensor
 from patchkit.context import AttentionCall, BlockCall, DenoiseCall
 from patchkit.errors import InvalidOption
 from patchkit.recipe_base import Recipe
-from patchkit.recipes.headhunter import weak
+from patchkit.recipes.headhunter import presets, weak
 from patchkit.recipes.headhunter.perturb import Form, Scope, Target
 from patchkit.registry import recipe
 from patchkit.selection import Indices
@@ -41,7 +41,7 @@ class SoftPAG(Recipe):
 
     Args:
         heads: ``[(layer, head), ...]``; layers count in the order in which blocks run (FLUX: double blocks, then single
-            ones).
+            ones). Or a preset: its name, or the path of its file.
         strength: u, how far the maps are pushed, 0 to 1; 1 is PAG.
         scale: w, how far the result is steered away from the weak one. Independent of the guidance scale.
         scope: ``"all"``, the paper's: the map of the whole sequence, text included. ``"image"``: image queries lose the
@@ -51,7 +51,7 @@ class SoftPAG(Recipe):
             the scope ``"all"`` only.
     """
 
-    heads: list[Head] = dataclasses.field(default_factory=list)  # type: ignore[assignment]
+    heads: list[Head] | str = dataclasses.field(default_factory=list)  # type: ignore[assignment]
     strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     scale: Annotated[float, Field(ge=0)] = 3.0
     scope: Scope = "all"
@@ -64,6 +64,9 @@ class SoftPAG(Recipe):
     families: ClassVar[tuple[str, ...]] = ("diffusers",)
     uses_heads: ClassVar[bool] = True
 
+    preset: ClassVar[presets.Preset | None]
+    pairs: ClassVar[tuple[tuple[int, int], ...]]  # the heads, by (layer, head)
+
     # --- options ----------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
@@ -74,6 +77,10 @@ class SoftPAG(Recipe):
                 f"recipe {self.name!r}, option 'target'",
                 'use scope="all", or target="identity"',
             )
+        preset = presets.load(self.heads) if isinstance(self.heads, str) else None
+        # beside the options, which stay as they were given
+        object.__setattr__(self, "preset", preset)
+        object.__setattr__(self, "pairs", tuple(sorted(set(preset.heads if preset else self.heads))))
         if self.layers is not None:
             raise InvalidOption(
                 "layers are part of the heads here", f"recipe {self.name!r}, option 'layers'", "leave it out"
@@ -91,24 +98,26 @@ class SoftPAG(Recipe):
     @property
     def first(self) -> int | None:
         """The first perturbed layer; None without heads."""
-        return min((layer for layer, _ in self.heads), default=None)
+        return self.pairs[0][0] if self.pairs else None
 
     @property
     def idle(self) -> bool:
         """Whether nothing is guided: no second pass is made then."""
-        return not self.heads or self.strength == 0 or self.scale == 0
+        return not self.pairs or self.strength == 0 or self.scale == 0
 
     def accepts(self, site: Site) -> str | None:
         """The first attention of a block that has one of the heads; others (SD3.5's ``attn2``) if ``targets`` ask."""
         if site.order > 0 and self.targets is None:
             return "not the first attention of its block (name it in targets)"
-        if self.heads and all(layer != site.layer for layer, _ in self.heads):
+        if self.preset is None and self.pairs and all(layer != site.layer for layer, _ in self.pairs):
             return "none of the heads is in this layer"
         return None
 
     def prepare(self, target: Any, sites: list[Site]) -> None:
-        """Every head must be there."""
-        for layer, head in self.heads:
+        """Every head must be there, and a preset must be of this model."""
+        if self.preset is not None:
+            self.preset.check(self.scope, self.target, sites)
+        for layer, head in self.pairs:
             found = [site for site in sites if site.layer == layer]
             if not found or any(head >= site.heads > 0 for site in found):
                 there = (
@@ -123,7 +132,7 @@ class SoftPAG(Recipe):
     def gate(self, call: AttentionCall) -> Tensor:
         """(1 or B, H) strengths of the heads of a call, 0 where a head is left alone."""
         gate = torch.zeros(1, call.q.shape[1], device=call.q.device)
-        gate[0, sorted({head for layer, head in self.heads if layer == call.site.layer})] = self.strength
+        gate[0, sorted({head for layer, head in self.pairs if layer == call.site.layer})] = self.strength
         return gate
 
     # --- the three places --------------------------------------------------------------------------------------

@@ -108,6 +108,8 @@ def perturbed(recipe: SoftPAG, call: AttentionCall, next: Callable[[AttentionCal
             _keep(kept, call, out)
         return out
     gate = recipe.gate(call)
+    if not bool((gate > 0).any()):
+        return next(call)  # a preset's recipe stands at every layer
     form, name = recipe.form, ("op", call.site.name, call.index)
     if kept is not None and name in kept:
         call.ledger.count("shared ops")

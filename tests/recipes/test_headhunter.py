@@ -124,3 +124,32 @@ def test_what_cannot_be_hunted_is_refused(flux, tmp_path) -> None:
     (tmp_path / "store.json").write_text("{")
     with pytest.raises(Exception, match="cannot be read"):
         Store(tmp_path / "store.json", {})
+
+
+def test_presets(flux, tmp_path, monkeypatch) -> None:
+    """By name and by path; refused on another model and with another scope."""
+    import patchkit
+
+    pipe, call = flux
+    monkeypatch.setenv("PATCHKIT_PRESETS", str(tmp_path / "mine"))
+    found = hunt(pipe, likeness(latents(pipe, call, [(2, 1)])), "a", top_k=2, rounds=2, layers="2-", **call)
+    path = found.save_preset("styles/second", about="what the second head does", first=3)
+    assert path == tmp_path / "mine" / "styles" / "second.json"
+    other = found.save_preset(tmp_path / "all.json")
+    assert len(json.loads(path.read_text())["heads"]) == 3
+    assert set(json.loads(other.read_text())["found"]["scores"]) == {"L2H0", "L2H1", "L3H0", "L3H1"}
+    expected = latents(pipe, call, found.heads[:3])
+    with patchkit.apply(pipe, "softpag", heads="styles/second", strength=1.0) as patch:
+        assert patch.recipes[0].options()["heads"] == "styles/second"
+        again = pipe(prompt="a", generator=torch.Generator().manual_seed(0), **call).images[0]
+    assert torch.equal(again, expected)
+    SoftPAG(heads=str(other))
+    with pytest.raises(InvalidOption, match="found with scope='all'"):
+        patchkit.apply(pipe, "softpag", heads=str(path), scope="image")
+    with pytest.raises(InvalidOption, match="not for"):
+        patchkit.apply(tiny.PIPELINES["flux"].build(3), "softpag", heads=str(path))
+    with pytest.raises(InvalidOption, match="did you mean 'styles/second'"):
+        SoftPAG(heads="styles/secnd")
+    (tmp_path / "no.json").write_text("[]")
+    with pytest.raises(InvalidOption, match="no preset"):
+        SoftPAG(heads=str(tmp_path / "no.json"))
