@@ -1,15 +1,66 @@
-"""Guidance passes of a denoiser: the conditional half of a batch, and the prediction in what a denoiser returns."""
+"""Guidance passes of a denoiser: the conditional half of a batch, the prediction in what a denoiser returns, and what
+stands in the way of a pass of one's own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patchkit.context import DenoiseCall
-from patchkit.errors import UnsupportedModel
+from patchkit.adapters.diffusers import hook_names
+from patchkit.context import DenoiseCall, RunCall
+from patchkit.errors import Conflict, UnsupportedModel
+
+# diffusers' step caches that count forwards instead of keeping a state for each named pass
+_COUNTING = {
+    "faster_cache_denoiser": "FasterCache",
+    "faster_cache_block": "FasterCache",
+    "pyramid_attention_broadcast": "Pyramid Attention Broadcast",
+    "sea_cache_root": "SeaCache",
+}
+# arguments of pipelines that guide by other passes, or change what a guidance pass adds -> what they do, the remedy
+_OTHER_GUIDANCE = {
+    "guidance_rescale": ("rescales the guided prediction by the conditional one", "call it with guidance_rescale=0.0"),
+    "skip_guidance_layers": ("guides by a pass with skipped layers", "call it without skip_guidance_layers"),
+    "pag_scale": ("guides by a perturbed pass in the same batch", "call it with pag_scale=0.0"),
+    "image_guidance_scale": ("guides by three passes in one batch", "use a pipeline with one guidance scale"),
+}
+
+
+def refuse_other_guidance(call: RunCall, who: str) -> None:
+    """Raise :class:`Conflict` where the arguments of a run ask for guidance that ``who`` cannot be added to."""
+    signature = inspect.signature(type(call.pipeline).__call__)
+    try:
+        given = signature.bind_partial(call.pipeline, *call.args, **call.kwargs)
+    except TypeError:  # the pipeline will say so better than we can
+        return
+    given.apply_defaults()
+    for name, (what, remedy) in _OTHER_GUIDANCE.items():
+        if given.arguments.get(name):
+            raise Conflict(
+                f"{name}={given.arguments[name]!r} {what}, which {who} cannot be added to",
+                f"{type(call.pipeline).__name__}, argument {name!r}",
+                remedy,
+            )
+
+
+def refuse_counting_caches(call: DenoiseCall, who: str) -> None:
+    """Raise :class:`Conflict` where a step cache counts forwards: one more forward in a step puts it out of step.
+
+    Caches that keep a state for each name given to ``cache_context`` are fine if the pass has a name of its own.
+    """
+    found = sorted({_COUNTING[name] for name in hook_names(call.module) & _COUNTING.keys()})
+    if found:
+        raise Conflict(
+            f"{', '.join(found)} counts the denoiser's forwards, and {who} makes one more in every step",
+            call.component,
+            f"{call.component}.disable_cache(), or a cache that keeps a state for each pass (FirstBlockCache)",
+        )
+
 
 # Arguments without a batch dimension, whose first one may happen to be as long as the batch.
 _SHARED = ("rope", "rotary", "freqs", "img_ids", "txt_ids", "image_ids", "text_ids", "pos")

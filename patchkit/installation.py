@@ -171,6 +171,7 @@ class Installation:
         self.blocks.around = [b for b in active if b.recipe.wraps("block")]
         self._denoisers = [b for b in active if b.recipe.wraps("denoise")]
         self._runners = [b for b in active if b.recipe.wraps("run")]
+        self._checkers = [b for b in active if b.recipe.wraps("run") or b.recipe.wraps("check_call")]
 
     def denoise(
         self, component: str, original: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -243,8 +244,8 @@ class Installation:
         if arguments.unknown(type(self.target), rest):
             return original(*args, **rest)  # for the pipeline's own error, before any recipe has computed anything
         first = RunCall(self.target, args, rest)
-        for bound in self._runners:
-            bound.recipe.check_call(first.replace(options=options[id(bound)]))
+        for bound in self._checkers:
+            bound.recipe.check_call(first.replace(options=options.get(id(bound), {})))
         self.refresh()
         self.clear()
         self.forget()

@@ -46,7 +46,7 @@ class Plan:
         return Patch(self.installation, self.selections)
 
     def predicted(self) -> list[dict[str, Any]]:
-        """For each recipe: attention FLOPs as a share of dense, and the speed-up by Amdahl's law.
+        """For each recipe: attention FLOPs as a share of dense, and the speed-up by Amdahl's law; or added forwards.
 
         Counts multiplications of the denoiser only; memory traffic and launch costs are not in it.
         """
@@ -54,7 +54,10 @@ class Plan:
         rows = []
         for selection in self.selections:
             row: dict[str, Any] = {"recipe": selection.recipe.name, "tokens": tokens, "steps": self.steps}
-            if tokens:
+            added = selection.recipe.added_forwards(selection.matched)
+            if added:  # slower by as much, whatever attention costs
+                row["added_forwards"] = round(added, 4)
+            elif tokens:
                 share = _attention_share(self.installation, selection.matched, tokens)
                 cost = selection.recipe.attention_cost(tokens, self.steps)
                 row |= {
@@ -91,7 +94,9 @@ class Plan:
             lines.append(f"{selection.recipe.name}: {len(selection.matched)} of {len(self.installation.sites)} sites")
             lines.append(table(("component", "layers", "kind", "sites"), _groups(selection.matched)))
             lines += [f"  left: {count} x {reason}" for reason, count in selection.reasons().items()]
-            if "speed_up" in row:
+            if "added_forwards" in row:
+                lines.append(f"  predicted: {row['added_forwards']:.2f} more forwards of the denoiser a step")
+            elif "speed_up" in row:
                 lines.append(
                     f"  predicted at {row['tokens']} tokens and {row['steps']} steps: "
                     f"{row['attention_flops']:.0%} of the attention FLOPs, which are {row['attention_share']:.0%} of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
@@ -99,8 +99,8 @@ class Recipe:
     def check_call(self, call: RunCall) -> None:
         """Check the arguments of a pipeline call (``call.options`` are this recipe's own), before anything is computed.
 
-        Called for every recipe that overrides :meth:`run`, before the first of them runs.
-        Raise :class:`InvalidOption`.
+        Called before each pipeline call for every recipe that overrides it or :meth:`run`.
+        Raise :class:`InvalidOption`, or :class:`Conflict` where an argument asks for what cannot go together.
         """
 
     def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:
@@ -111,6 +111,14 @@ class Recipe:
         """Predicted attention FLOPs as a share of dense ones, over ``total`` steps at ``tokens`` tokens."""
         return 1.0
 
+    def added_forwards(self, sites: list[Site]) -> float:
+        """Predicted forwards of the denoiser that a step takes beyond the pipeline's own, on the selected ``sites``."""
+        return 0.0
+
+    def figures(self, totals: Mapping[str, Any]) -> dict[str, float]:
+        """Figures for the report that follow from ``counts``, ``seconds`` and ``means`` of all calls together."""
+        return {}
+
     def head_numbers(self, where: str = "heads") -> Indices:
         """The heads that the option ``heads`` selects in every layer. Override it where it means something else."""
         return Indices.parse(self.heads, where)
@@ -118,7 +126,7 @@ class Recipe:
     # --- for everybody ----------------------------------------------------------------------------------------
 
     def wraps(self, level: str) -> bool:
-        """Whether this recipe overrides ``level`` (``"attend"``, ``"block"``, ``"denoise"`` or ``"run"``)."""
+        """Whether this recipe overrides ``level``: one of the wrappers' names, or ``"check_call"``."""
         return getattr(type(self), level) is not getattr(Recipe, level)
 
     def selects(self) -> bool:

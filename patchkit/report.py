@@ -88,16 +88,19 @@ def _recipe(bound: Bound, left: dict[str, int]) -> dict[str, Any]:
         dense.update(entry["dense"])
         for what, value in entry["seconds"].items():
             seconds[what] = seconds.get(what, 0.0) + value
-    return {
+    totals = {
+        "counts": dict(counts),
+        "seconds": {name: round(value, 6) for name, value in seconds.items()},
+        "means": _means(rows),
+    }
+    return totals | {
         "recipe": bound.recipe.name,
         "options": bound.recipe.options(defaults=True),
         "sites": len(bound.sites),
         "left": left,
         "calls": sum(r["calls"] for r in rows),
-        "counts": dict(counts),
         "dense": dict(dense),
-        "seconds": {name: round(value, 6) for name, value in seconds.items()},
-        "means": _means(rows),
+        "figures": bound.recipe.figures(totals),
         "cautions": _cautions(rows, len(bound.sites)),
         "rows": rows,
     }
@@ -143,6 +146,7 @@ def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
     lines += [f"  {what}: {count}" for what, count in recipe["counts"].items()]
     lines += [f"  ran dense: {count} x {reason}" for reason, count in recipe["dense"].items()]
     lines += [f"  seconds in {what}: {value:.3f}" for what, value in recipe["seconds"].items()]
+    lines += [f"  {what}: {value:.3g}" for what, value in recipe["figures"].items()]
     lines += [f"  {what}: {text} ({count} x)" for (what, text), count in _remarks(recipe).items()]
     names = _numeric_names(recipe)
     head = ("layer", "site", "branch", "calls", *names)

@@ -112,7 +112,7 @@ class DiffusersAdapter(Adapter):
         found = []
         for name, outer in self.holders().items():
             module = unwrap(outer)
-            hooks = _hook_names(module)
+            hooks = hook_names(module)
             if hooks:
                 found.append(f"{name}: diffusers hooks {', '.join(sorted(hooks))}")
             kinds = {type(m.processor).__name__ for m in module.modules() if hasattr(m, "processor")}
@@ -162,7 +162,8 @@ _FOREIGN_PROCESSORS = (
 )
 
 
-def _hook_names(module: torch.nn.Module) -> set[str]:
+def hook_names(module: torch.nn.Module) -> set[str]:
+    """Names of diffusers' own hooks on a model and its parts."""
     names: set[str] = set()
     for part in module.modules():
         registry = getattr(part, "_diffusers_hook", None)

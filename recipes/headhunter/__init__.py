@@ -87,7 +87,7 @@ def hunt(
     question = Question(prompts, seeds, top_k, rounds, batch, recipe, call_kwargs)
     pool = search.candidates(pipe, recipe, layers)
     terms = {
-        "model": model_of(api.plan(pipe, recipe).selections[0].matched),
+        "model": model_of(pipe, api.plan(pipe, recipe).selections[0].matched),
         "objective": getattr(objective, "name", None) or getattr(objective, "__qualname__", type(objective).__name__),
         **{n: getattr(question, n) for n in ("prompts", "seeds", "top_k", "batch")},
         "recipe": recipe.options(defaults=True),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from patchkit.adapters.base import unwrap
 from patchkit.errors import InvalidOption, PatchkitError, nearest
 from patchkit.sites import Site
 
@@ -60,8 +61,8 @@ class Preset:
             raise PatchkitError(f"the preset cannot be written: {error}", str(path), "give another path") from None
         return path
 
-    def check(self, scope: str, target: str, sites: Iterable[Site]) -> None:
-        """Refuse another perturbation or another model than it was made for."""
+    def check(self, scope: str, target: str, model: Model) -> None:
+        """Refuse another perturbation, or another model (see :func:`model_of`), than it was made for."""
         for name, own, given in (("scope", self.scope, scope), ("target", self.target, target)):
             if own != given:
                 raise InvalidOption(
@@ -69,26 +70,36 @@ class Preset:
                     f"preset {self.where}",
                     f"give {name}={own!r}",
                 )
-        there = model_of(sites)
-        if there != self.model:
+        if list(model.values()) != list(self.model.values()):  # a denoiser alone is called otherwise
             raise InvalidOption(
-                f"it is for {_words(self.model)}, not for {_words(there)}",
+                f"it is for {_words(self.model)}, not for {_words(model)}",
                 f"preset {self.where}",
                 "heads of another model mean nothing here; search for some with patchkit.recipes.headhunter.hunt",
             )
 
 
-def model_of(sites: Iterable[Site]) -> Model:
-    """What tells a model from others, as far as its heads go."""
+def model_of(target: Any, sites: Iterable[Site]) -> Model:
+    """What tells a model from others, as far as its heads go: the class of each denoiser, its layers and their heads.
+
+    Weights are not compared: heads of a model are worth trying on one that was trained further from it.
+
+    Args:
+        target: a pipeline, or a denoiser alone.
+        sites: its attention sites; each belongs to one of the target's components.
+    """
     found: Model = {}
     for site in sites:
-        facts = found.setdefault(site.component, {"layers": site.layers, "heads": site.heads})
+        if site.component not in found:
+            module = unwrap(getattr(target, site.component, target))
+            found[site.component] = {"class": type(module).__name__, "layers": site.layers, "heads": site.heads}
+        facts = found[site.component]
         facts["heads"] = max(facts["heads"], site.heads)
     return found
 
 
 def _words(model: Model) -> str:
-    return ", ".join(f"{name} of {f['layers']} layers with {f['heads']} heads" for name, f in model.items())
+    facts = [(name, f.get("class"), f.get("layers"), f.get("heads")) for name, f in model.items()]
+    return ", ".join(f"{name} ({cls}) of {layers} layers with {heads} heads" for name, cls, layers, heads in facts)
 
 
 def folder() -> Path:

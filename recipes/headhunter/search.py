@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -173,7 +174,7 @@ class Candidates(SoftPAG):
 
     def gate(self, call: AttentionCall) -> Tensor:
         """(B, H) strengths, a row a sample."""
-        gate = torch.zeros(len(self.rows), call.q.shape[1], device=call.q.device)
+        gate = torch.zeros(len(self.rows), call.q.shape[1])
         for row, heads in zip(gate, self.rows, strict=True):
             row[sorted({head for layer, head in heads if layer == call.site.layer})] = self.strength
         if call.q.shape[0] == len(self.rows):

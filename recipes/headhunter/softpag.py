@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchkit.context import AttentionCall, BlockCall, DenoiseCall
+from patchkit import guidance
+from patchkit.context import AttentionCall, BlockCall, DenoiseCall, RunCall
 from patchkit.errors import InvalidOption
 from patchkit.recipe_base import Recipe
 from patchkit.recipes.headhunter import presets, weak
@@ -116,7 +117,7 @@ class SoftPAG(Recipe):
     def prepare(self, target: Any, sites: list[Site]) -> None:
         """Every head must be there, and a preset must be of this model."""
         if self.preset is not None:
-            self.preset.check(self.scope, self.target, sites)
+            self.preset.check(self.scope, self.target, presets.model_of(target, sites))
         for layer, head in self.pairs:
             found = [site for site in sites if site.layer == layer]
             if not found or any(head >= site.heads > 0 for site in found):
@@ -129,11 +130,34 @@ class SoftPAG(Recipe):
                     f"layers 0 to {sites[0].layers - 1}; print(patchkit.plan(pipe, ...)) lists them",
                 )
 
+    def check_call(self, call: RunCall) -> None:
+        """Guidance of other kinds in the same run would change what this one adds."""
+        if not self.idle:
+            guidance.refuse_other_guidance(call, self.name)
+
     def gate(self, call: AttentionCall) -> Tensor:
-        """(1 or B, H) strengths of the heads of a call, 0 where a head is left alone."""
-        gate = torch.zeros(1, call.q.shape[1], device=call.q.device)
+        """(1 or B, H) strengths of the heads of a call, 0 where a head is left alone; on the CPU, for decisions."""
+        gate = torch.zeros(1, call.q.shape[1])
         gate[0, sorted({head for layer, head in self.pairs if layer == call.site.layer})] = self.strength
         return gate
+
+    def added_forwards(self, sites: list[Site]) -> float:
+        """(L - l0) / L: the weak pass begins at the first perturbed block."""
+        return 0.0 if self.idle or self.first is None else 1 - self.first / sites[0].layers
+
+    def figures(self, totals: Mapping[str, Any]) -> dict[str, float]:
+        """Where the weak pass begins, and what it cost: predicted, in blocks, in time; one forward = one sample's."""
+        seconds, counts, means = totals["seconds"], totals["counts"], totals["means"]
+        base = seconds.get("conditional pass", 0.0) + seconds.get("batched pass", 0.0) / 2
+        if self.idle or not base or "blocks" not in means:
+            return {}
+        blocks = counts.get("weak passes", 0) * means["blocks"]
+        return {
+            "first perturbed block": means["first_block"],
+            "extra forwards a step, predicted": 1 - means["first_block"] / means["blocks"],
+            "extra forwards a step, in blocks": counts.get("weak block forwards", 0) / blocks,
+            "extra forwards a step, in time": seconds.get("weak pass", 0.0) / base,
+        }
 
     # --- the three places --------------------------------------------------------------------------------------
 

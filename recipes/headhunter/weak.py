@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from patchkit.adapters.diffusers import hook_names
 from patchkit.context import AttentionCall, BlockCall, DenoiseCall, Moment
 from patchkit.errors import Conflict, PatchkitError
-from patchkit.guidance import add_to_all, batch_of, conditional, half, prediction
+from patchkit.guidance import add_to_all, batch_of, conditional, half, prediction, refuse_counting_caches
 from patchkit.recipes.headhunter.perturb import blend, pushed
 
 if TYPE_CHECKING:
@@ -28,42 +29,58 @@ GUIDED = ("cond", "single", "batched")
 
 def guided(recipe: SoftPAG, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:
     """The denoiser's output with w (eps_cond - eps_weak) added to every guidance pass."""
+    check(recipe, call)
     key = ("delta", call.component)
     if call.branch == "uncond":
         if key not in call.shared or call.shared[key][0] != call.step:
             raise PatchkitError(
                 "the unconditional pass runs before the conditional one",
                 f"{call.component}, step {call.step}",
-                "this pipeline's order of guidance passes is not supported by softpag",
+                f"this pipeline's order of guidance passes is not supported by {recipe.name}",
             )
         return add_to_all(next(call), call.shared[key][1], call)
-    if call.kwargs.get("skip_layers") is not None:
-        raise Conflict(
-            "skip-layer guidance and softpag in the same run",
-            call.component,
-            "call the pipeline without skip_guidance_layers, or remove softpag",
-        )
-    if call.branch not in GUIDED:
-        return next(call)  # a further pass of somebody else's
-    batched = call.branch == "batched"
-    call.shared["kept", call.component] = {"samples": batch_of(call) if batched else None}
-    device = _device(call)
-    with call.ledger.time("base pass", device):
-        out = next(call)
-    whole = prediction(out, call)
-    strong = whole[whole.shape[0] // 2 :] if batched else whole
-    own = conditional(call)
-    moment = Moment(call.step, call.total, WEAK)
-    try:
-        with call.ledger.time("weak pass", device), _own_cache(call.module):
-            faint = prediction(next(own.replace(moment=moment)), call)
-    finally:
-        call.shared.pop(("kept", call.component), None)
-    call.ledger.count("weak passes")
-    delta = recipe.scale * (strong - faint)
+    out, delta = both(recipe, call, next)
     if call.branch == "cond":
         call.shared[key] = (call.step, delta)
     return add_to_all(out, delta, call)
+
+
+def both(recipe: SoftPAG, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> tuple[Any, Tensor]:
+    """The denoiser's own output, and w (eps_cond - eps_weak) for the conditional samples."""
+    batched = call.branch == "batched"
+    call.shared["kept", call.component] = {"samples": batch_of(call) if batched else None}
+    device = _device(call)
+    with call.ledger.time("batched pass" if batched else "conditional pass", device):
+        out = next(call)
+    whole = prediction(out, call)
+    strong = whole[whole.shape[0] // 2 :] if batched else whole
+    weak_call = conditional(call).replace(moment=Moment(call.step, call.total, WEAK))
+    try:
+        with call.ledger.time("weak pass", device), _own_cache(call):
+            faint = prediction(next(weak_call), call)
+    finally:
+        call.shared.pop(("kept", call.component), None)
+    call.ledger.count("weak passes")
+    return out, recipe.scale * (strong - faint)
+
+
+def check(recipe: SoftPAG, call: DenoiseCall) -> None:
+    """Refuse, once a run, what the weak pass would disturb; and passes that nobody names."""
+    if call.branch not in (*GUIDED, "uncond"):
+        raise PatchkitError(
+            f"the denoiser is called as {call.branch!r}, and nobody says which guidance pass that is",
+            f"{call.component}, step {call.step}",
+            f"{recipe.name} knows passes in one batch, and passes named 'cond' and 'uncond' by cache_context",
+        )
+    if call.kwargs.get("skip_layers") is not None:
+        raise Conflict(
+            f"skip-layer guidance and {recipe.name} in the same run",
+            call.component,
+            f"call the pipeline without skip_guidance_layers, or remove {recipe.name}",
+        )
+    if ("hooked", call.component) not in call.shared:
+        refuse_counting_caches(call, recipe.name)
+        call.shared["hooked", call.component] = bool(hook_names(call.module))
 
 
 def _device(call: DenoiseCall) -> torch.device:
@@ -73,30 +90,38 @@ def _device(call: DenoiseCall) -> torch.device:
     return torch.device("cpu")
 
 
-def _own_cache(module: Any) -> contextlib.AbstractContextManager[Any]:
+def _own_cache(call: DenoiseCall) -> contextlib.AbstractContextManager[Any]:
     """Step caches keep their state by the name of the pass."""
-    context = getattr(module, "cache_context", None)
-    return context(WEAK) if callable(context) else contextlib.nullcontext()
+    name = getattr(call.module, "cache_context", None)
+    cached = callable(name) and call.shared["hooked", call.component]
+    return name(WEAK) if cached else contextlib.nullcontext()
 
 
 def shared_prefix(recipe: SoftPAG, call: BlockCall, next: Callable[[BlockCall], Any]) -> Any:
     """Blocks before the first perturbed one run once a step; the weak pass gets what they returned."""
     kept = call.shared.get(("kept", call.block.component))
     first = recipe.first
+    if call.branch == WEAK:
+        call.ledger.note(first_block=first, blocks=call.block.layers)
     if kept is None or first is None or call.layer >= first:
-        return next(call)
+        return _forward(call, next)
     # Where blocks hand their output to the next one only, the last of each list is enough.
     name = ("block", call.block.stack if call.block.chained else call.block.name)
     if call.branch == WEAK:
         if name not in kept:
-            return next(call)
+            return _forward(call, next)
         call.ledger.count("shared blocks")
         return kept[name]
-    out = next(call)
+    out = _forward(call, next)
     if call.block.must_run is None:
         samples = kept["samples"]
         kept[name] = out if samples is None else half(out, samples)
     return out
+
+
+def _forward(call: BlockCall, next: Callable[[BlockCall], Any]) -> Any:
+    call.ledger.count("weak block forwards" if call.branch == WEAK else "block forwards")
+    return next(call)
 
 
 def perturbed(recipe: SoftPAG, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
@@ -110,8 +135,12 @@ def perturbed(recipe: SoftPAG, call: AttentionCall, next: Callable[[AttentionCal
     gate = recipe.gate(call)
     if not bool((gate > 0).any()):
         return next(call)  # a preset's recipe stands at every layer
+    if call.index > 0 and call.q.shape[2] != call.k.shape[2]:
+        call.ledger.count("ops of adapters left alone")  # IP-Adapter: the image queries attend to an image prompt
+        return next(call)
     form, name = recipe.form, ("op", call.site.name, call.index)
-    if kept is not None and name in kept:
+    # Up to the first module that is perturbed the passes are the same; a second one in that block may build on it.
+    if kept is not None and name in kept and kept.setdefault("forked", call.site.name) == call.site.name:
         call.ledger.count("shared ops")
         out = kept.pop(name)
     elif form.ignores_queries and bool((gate == 1).all()):
@@ -119,9 +148,10 @@ def perturbed(recipe: SoftPAG, call: AttentionCall, next: Callable[[AttentionCal
         return pushed(call, None, form).to(call.q.dtype)
     else:
         out = next(call)
-    chosen = gate.amax(0).nonzero()[:, 0]
+    chosen = gate.amax(0).nonzero()[:, 0].tolist()
     result = out.clone()
-    result[:, chosen] = blend(out[:, chosen], pushed(call, out, form)[:, chosen], gate[:, chosen])
+    own = gate[:, chosen].to(out.device)
+    result[:, chosen] = blend(out[:, chosen], pushed(call, out, form)[:, chosen], own)
     return result
 
 

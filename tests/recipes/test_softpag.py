@@ -287,7 +287,7 @@ def test_bad_heads_and_other_guidance_are_refused() -> None:
         SoftPAG(heads=[(0, 0)], layers="0")
     with (
         patchkit.apply(pipe, SoftPAG(heads=[(0, 0)])),
-        pytest.raises(Conflict, match="skip-layer"),
+        pytest.raises(Conflict, match="skip_guidance_layers"),
     ):
         tiny.run(entry, pipe, steps=4, skip_guidance_layers=[0], skip_layer_guidance_stop=1.0)
 
