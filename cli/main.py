@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from patchkit.cli import bench, commands, scaffold, show
+from patchkit.cli import bench, commands, scaffold, show, verbs
 from patchkit.cli.compare import compare
 from patchkit.cli.console import BAD_INPUT, INTERRUPTED, TERMINATED
 
@@ -109,6 +109,7 @@ app.command("info")(show.info)
 app.command("doctor")(show.doctor)
 app.command("schema")(show.schema)
 app.command("new-recipe")(scaffold.new_recipe)
+verbs.add_to(app)
 
 
 def main() -> None:

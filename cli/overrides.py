@@ -91,8 +91,12 @@ def _set(document: Document, text: str, strict: bool) -> str | None:
     place = f"--set {text}"
     if not equals or not dot or not name or not option:
         raise InvalidOption(
-            f"cannot read {text!r}", "--set", "write recipe.option=value, for instance adaspa.density=0.3"
+            f"cannot read {text!r}", "--set", "write recipe.option=value (or verb.option=value): adaspa.density=0.3"
         )
+    section = _section(name, option)
+    if section is not None:
+        document.put(section, read_value(value, place), place)
+        return name
     entries = document.data.get("recipes")
     if not isinstance(entries, list):
         return None
@@ -109,6 +113,17 @@ def _set(document: Document, text: str, strict: bool) -> str | None:
     if _mapping(entries[i][name]):
         document.put(("recipes", i, name, option), read_value(value, place), place)
     return name
+
+
+def _section(name: str, option: str) -> tuple[str, ...] | None:
+    """Where a setting of a verb belongs: ``headhunt.rounds``, ``calibrate.var.samples``; None for a recipe's option."""
+    from patchkit import jobs, registry
+
+    if name in registry.all_recipes():
+        return None
+    path = (name, *option.split("."))
+    found = [verb.path for verb in jobs.verbs().values() if path[: len(verb.path)] == verb.path]
+    return path if found and len(path) > len(found[0]) else None
 
 
 def refuse_unused(settings: Sequence[str], used: set[str]) -> None:

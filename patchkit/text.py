@@ -1,4 +1,4 @@
-"""Plain-text tables for plans and reports."""
+"""Plain text: tables for plans and reports, and how long something takes."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "  "
 
 def _numeric(text: str) -> bool:
     return bool(text) and text[0] in "0123456789-+."
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

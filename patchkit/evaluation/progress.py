@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from patchkit.text import duration
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -18,7 +20,7 @@ class Progress:
     left: float | None = None
 
     def __str__(self) -> str:
-        left = "" if self.left is None else f", about {_duration(self.left)} left"
+        left = "" if self.left is None else f", about {duration(self.left)} left"
         return f"sample {self.done + 1} of {self.total}: {self.what}{left}"
 
 
@@ -44,10 +46,3 @@ class Clock:
         means = {label: sum(s) / len(s) for label, s in self.seconds.items()}
         typical = sum(means.values()) / len(means)
         return sum(means.get(label, typical) for label in self.missing)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -15,16 +15,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from patchkit import registry
 from patchkit.errors import InvalidOption, RecipeFileError, nearest
 from patchkit.recipe_base import Recipe
-from patchkit.recipe_files import fields
+from patchkit.recipe_files import fields, sections
 from patchkit.recipe_files.fields import ModelSpec, Output
 from patchkit.recipe_files.yamlread import Document, Keys, read_file, read_text, scalar
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 VERSION = 1
 FIELDS = ("version", "model", "recipes", "inputs", "output", "compare")
@@ -45,6 +48,7 @@ class RecipeFile:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     output: Output | None = None
     compare: bool = False
+    jobs: Mapping[str, BaseModel] = field(default_factory=dict)  # verb -> its section
     source: str = ""
     document: Document | None = field(default=None, repr=False, compare=False)
 
@@ -83,7 +87,7 @@ def parse(document: Document) -> RecipeFile:
         raise RecipeFileError(
             f"a recipe file is a mapping, this is {fields.kind(data)}", document.where(), "start with `version: 1`"
         )
-    fields.known_keys(document, (), FIELDS)
+    fields.known_keys(document, (), (*FIELDS, *sections.keys()))
     if "version" not in data:
         raise RecipeFileError("the version is missing", document.where(("version",)), f"add `version: {VERSION}`")
     if data["version"] != VERSION or isinstance(data["version"], bool | float):
@@ -98,6 +102,7 @@ def parse(document: Document) -> RecipeFile:
         inputs=fields.inputs(document),
         output=fields.output(document),
         compare=fields.compare(document),
+        jobs=sections.read(document),
         source=document.source,
         document=document,
     )

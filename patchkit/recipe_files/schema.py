@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from patchkit import registry
+from patchkit.recipe_files import sections
 from patchkit.recipe_files.fields import DTYPES, INPUTS, OFFLOADS
 from patchkit.recipe_files.files import VERSION
 
@@ -43,11 +44,25 @@ def schema() -> dict[str, Any]:
             "inputs": {"anyOf": [inputs, {"type": "null"}]},
             "output": text | {"description": "file (mp4, gif, png, txt, json) or folder, from the current folder"},
             "compare": {"enum": ["dense", False, None]},
+            **_sections(definitions),
         },
         "required": ["version", "recipes"],
         "additionalProperties": False,
         "$defs": definitions,
     }
+
+
+def _sections(definitions: dict[str, Any]) -> dict[str, Any]:
+    """The sections of verbs; what their schemas refer to moves to the root."""
+
+    def lift(value: Any) -> Any:
+        if isinstance(value, dict):
+            definitions.update({n: lift(d) for n, d in value.get("$defs", {}).items()})
+            return {name: lift(v) for name, v in value.items() if name != "$defs"}
+        return [lift(v) for v in value] if isinstance(value, list) else value
+
+    lifted: dict[str, Any] = lift(sections.schema())
+    return lifted
 
 
 def _entries(definitions: dict[str, Any]) -> list[dict[str, Any]]:

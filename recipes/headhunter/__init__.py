@@ -12,9 +12,10 @@ from typing import Any
 from patchkit import api
 from patchkit.errors import InvalidOption
 from patchkit.recipes.headhunter import search
+from patchkit.recipes.headhunter.objectives import Objective, name_of
 from patchkit.recipes.headhunter.perturb import Scope, Target
 from patchkit.recipes.headhunter.presets import model_of
-from patchkit.recipes.headhunter.search import Hunt, Objective, Progress, Question
+from patchkit.recipes.headhunter.search import Hunt, Progress, Question
 from patchkit.recipes.headhunter.softpag import SoftPAG
 from patchkit.recipes.headhunter.store import Store
 
@@ -46,7 +47,8 @@ def hunt(
 
     Args:
         pipe: a loaded pipeline. It is left as it was.
-        objective: ``objective(image, prompt) -> float``, more is better. Images are what the pipeline returns.
+        objective: ``objective(image, prompt) -> float``, more is better. Images are what the pipeline returns. Shipped
+            ones are in :mod:`patchkit.recipes.headhunter.objectives` and ``scorers``.
         prompts: one or several.
         seeds: one for each prompt; by default 0, 1, 2 ... A single prompt is combined with every seed.
         top_k: heads that a round adds.
@@ -88,7 +90,7 @@ def hunt(
     pool = search.candidates(pipe, recipe, layers)
     terms = {
         "model": model_of(pipe, api.plan(pipe, recipe).selections[0].matched),
-        "objective": getattr(objective, "name", None) or getattr(objective, "__qualname__", type(objective).__name__),
+        "objective": name_of(objective),
         **{n: getattr(question, n) for n in ("prompts", "seeds", "top_k", "batch")},
         "recipe": recipe.options(defaults=True),
         "pool": [list(head) for head in pool],

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +16,13 @@ from patchkit import api
 from patchkit.context import AttentionCall
 from patchkit.errors import InvalidOption, PatchkitError
 from patchkit.recipes.headhunter import presets
+from patchkit.recipes.headhunter.objectives import LEAST, Objective, rank
 from patchkit.recipes.headhunter.presets import Preset
 from patchkit.recipes.headhunter.softpag import SoftPAG
 from patchkit.recipes.headhunter.store import Head, Store, text_of
 from patchkit.selection import Indices
 
 logger = logging.getLogger(__name__)
-
-Objective = Callable[[Any, str], float]
 
 
 class Progress(NamedTuple):
@@ -69,9 +67,8 @@ class Hunt:
         return preset.save(presets.place(str(name_or_path)))
 
     def _rounds_of(self, heads: list[Head]) -> list[dict[Head, float]]:
-        """The scores of the round in which each head was chosen."""
-        step = int(self.terms["top_k"])
-        return [self.scores[i // step] for i in range(len(heads))]
+        """The scores of the round in which each head was chosen: the last in which it was tried."""
+        return [next(scores for scores in reversed(self.scores) if head in scores) for head in heads]
 
 
 @dataclass(frozen=True)
@@ -126,10 +123,16 @@ def search(
             progress(clock.progress(number))
             store.add(number, _measure(pipe, objective, question, chosen, group))
             clock.done(len(group))
-        means = {head: statistics.fmean(store.scores(number)[text_of(head)]) for head in rest}
+        means = {head: rank(objective, store.scores(number)[text_of(head)]) for head in rest}
         scores.append(means)
         # ties go to the lower (layer, head): sorted is stable and the pool is in that order
-        best = sorted(rest, key=lambda head: -means[head])[: question.top_k]
+        best = [head for head in sorted(rest, key=lambda head: -means[head]) if means[head] > LEAST][: question.top_k]
+        if not best:
+            raise PatchkitError(
+                f"no head of round {number + 1} may be taken",
+                f"objective {store.terms['objective']!r}",
+                "lower its floors, or hunt with fewer rounds",
+            )
         if number >= len(store.selected):
             store.finish(best)
         chosen += best
@@ -139,19 +142,21 @@ def search(
 
 def _measure(
     pipe: Any, objective: Objective, question: Question, chosen: Sequence[Head], group: Sequence[Head]
-) -> dict[Head, list[float]]:
+) -> dict[Head, list[Any]]:
     """Scores of each head of a group, with those chosen before: one image a head, pair by pair, in one batch."""
     rows = [[*chosen, head] for head in group]
     options = question.recipe.options(defaults=True) | {"heads": sorted({h for row in rows for h in row})}
     recipe = Candidates(**options, rows=rows)
-    found: dict[Head, list[float]] = {head: [] for head in group}
+    found: dict[Head, list[Any]] = {head: [] for head in group}
     with api.apply(pipe, recipe):
         for prompt, seed in zip(question.prompts, question.seeds, strict=True):
             generators = [torch.Generator().manual_seed(seed) for _ in group]
             out = pipe(prompt=[prompt] * len(group), generator=generators, **question.call)
             results = out.images if hasattr(out, "images") else out.frames
             for head, result in zip(group, results, strict=True):
-                found[head].append(_number(objective(result, prompt), head))
+                score = objective(result, prompt)
+                several = isinstance(score, Mapping)
+                found[head].append({n: _number(s, head) for n, s in score.items()} if several else _number(score, head))
     return found
 
 

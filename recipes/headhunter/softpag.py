@@ -63,6 +63,10 @@ class SoftPAG(Recipe):
     effect: ClassVar[Literal["replaces", "adjusts"]] = "adjusts"
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
     families: ClassVar[tuple[str, ...]] = ("diffusers",)
+    models: ClassVar[tuple[str, ...]] = (
+        *("sd3", "flux", "qwenimage", "sd", "pixart"),
+        *("cogvideox", "hunyuanvideo", "wan", "ltx", "mochi"),
+    )
     uses_heads: ClassVar[bool] = True
 
     preset: ClassVar[presets.Preset | None]

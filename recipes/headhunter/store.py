@@ -30,7 +30,8 @@ class Store:
     def __init__(self, path: Path | None, terms: Mapping[str, Any]) -> None:
         self.path = path
         self.terms = json.loads(json.dumps(terms))  # as it will be read back
-        self.rounds: list[dict[str, list[float]]] = []  # for each round: head -> score of each pair
+        # for each round: head -> score of each pair, a number or several by name
+        self.rounds: list[dict[str, list[Any]]] = []
         self.selected: list[list[list[int]]] = []  # for each finished round: the heads that it added
         if path is not None and path.is_file():
             self._read(path)
@@ -53,11 +54,11 @@ class Store:
             )
         self.rounds, self.selected = rounds, selected
 
-    def scores(self, number: int) -> dict[str, list[float]]:
+    def scores(self, number: int) -> dict[str, list[Any]]:
         """Of a round, to be read; heads without all of their scores have a shorter list."""
         return self.rounds[number] if number < len(self.rounds) else {}
 
-    def add(self, number: int, found: Mapping[Head, list[float]]) -> None:
+    def add(self, number: int, found: Mapping[Head, list[Any]]) -> None:
         """Keep the scores of some heads in a round; the file is replaced in one step."""
         while len(self.rounds) <= number:
             self.rounds.append({})

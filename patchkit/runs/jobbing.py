@@ -1,0 +1,64 @@
+"""What `patchkit VERB FILE` does: check everything, load the model, and call the verb's job."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from patchkit import jobs
+from patchkit.jobs import JobCall, JobProgress, JobResult
+from patchkit.recipe_files import sections
+from patchkit.recipe_files.files import RecipeFile
+from patchkit.runs import loading
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    file: RecipeFile,
+    verb: str,
+    *,
+    say: Callable[[str], None] = logger.info,
+    progress: Callable[[JobProgress], None] = lambda progress: None,
+    bars: bool = True,
+) -> JobResult:
+    """Carry out a verb.
+
+    Args:
+        file: a checked recipe file; its section for the verb may be missing where all options have defaults.
+        verb: its name.
+        say: is told what is being done, one line each.
+        progress: is told how far it is.
+        bars: whether the libraries may show their own bars while they load.
+
+    Raises:
+        PatchkitError: something is wrong with the request (before any compute), or the job failed.
+    """
+    known = jobs.get(verb)
+    job = known.load()
+    options = file.jobs.get(verb)
+    if options is None and file.document is not None:
+        options = sections.check(file.document, known)
+    file.require(prompt=False, output=False)
+    assert file.model is not None
+    loading.check(file.model, file.where("model"))
+    cls = loading.pipeline_class(file.model)
+    if cls is not None:
+        extra = {name for recipe in file.recipes for name in recipe.arguments}
+        loading.check_inputs(cls, dict(file.inputs), extra, lambda name: file.where("inputs", name))
+    say(f"loading {file.model.id}")
+    loaded = loading.load(file.model, quiet=not bars)
+    call = JobCall(
+        target=loaded.target,
+        tokenizer=loaded.tokenizer,
+        model=file.model.id,
+        recipes=file.recipes,
+        inputs={**(loaded.defaults or {}), **file.inputs},
+        options=options if options is not None else job.options(),
+        output=file.output.path if file.output is not None else None,
+        device=loaded.device,
+        say=say,
+        progress=progress,
+        where=lambda *path: file.where(*known.path, *path),
+    )
+    return job.run(call)
