@@ -197,3 +197,26 @@ def test_text_measures_recipes_beside_the_model_as_it_is(script, capsys, tmp_pat
     assert dense["cache_bytes"] == same["cache_bytes"] > 0
     assert (same["variant"], other["variant"]) == ("same", "dimmed")
     assert "dimmed" in capsys.readouterr().out
+
+
+def test_headhunter_on_a_random_model(script, tmp_path: Path) -> None:
+    """All phases, rows and the picture; what is finished is not computed again."""
+    import tiny
+
+    bench_of = script("headhunter")
+    pipe = tiny.PIPELINES["sd3"].build(1)
+    pipe.set_progress_bar_config(disable=True)
+    args = argparse.Namespace(
+        model="tiny", steps=1, hunt=1, unseen=2, top_k=1, rounds=1, scale=0.5, draws=1, batch=4, store=tmp_path
+    )
+    texts = bench_of.captions(3)
+    assert len(set(texts)) == 3
+    rows, against = bench_of.experiment(bench_of.Bench(pipe, args, texts))
+    assert [r["variant"] for r in rows].count("found heads") == 4
+    assert rows[0]["score_more_than_none"]["value"] == 0
+    assert {r["against"] for r in against} >= {"none", "best whole layer", "random heads, 0.5"}
+    bench_of.show(rows, against)
+    bench_of.draw(rows, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    again = bench_of.Bench(None, args, texts)
+    assert again.measure("unseen")["scores"] == bench_of.Bench(pipe, args, texts).measure("unseen")["scores"]

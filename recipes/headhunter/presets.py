@@ -14,7 +14,7 @@ from patchkit.errors import InvalidOption, PatchkitError, nearest
 from patchkit.sites import Site
 
 FORMAT = 1
-SHIPPED = Path(__file__).parent / "presets"
+SHIPPED = Path(__file__).parent / "heads"
 Head = tuple[int, int]
 Model = dict[str, dict[str, Any]]  # component -> class, layers, heads
 
@@ -79,7 +79,7 @@ class Preset:
 
 
 def model_of(target: Any, sites: Iterable[Site]) -> Model:
-    """What tells a model from others, as far as its heads go: the class of each denoiser, its layers and their heads.
+    """What tells a model from others, as far as its heads go: class of each denoiser, layers, heads, attention modules.
 
     Weights are not compared: heads of a model are worth trying on one that was trained further from it.
 
@@ -91,15 +91,25 @@ def model_of(target: Any, sites: Iterable[Site]) -> Model:
     for site in sites:
         if site.component not in found:
             module = unwrap(getattr(target, site.component, target))
-            found[site.component] = {"class": type(module).__name__, "layers": site.layers, "heads": site.heads}
+            # two releases of one class may have the same layers, but a second attention in some of them (SD3, SD3.5)
+            attentions = sum(callable(getattr(part, "processor", None)) for part in module.modules())
+            found[site.component] = {
+                "class": type(module).__name__,
+                "layers": site.layers,
+                "heads": site.heads,
+                "attentions": attentions,
+            }
         facts = found[site.component]
         facts["heads"] = max(facts["heads"], site.heads)
     return found
 
 
 def _words(model: Model) -> str:
-    facts = [(name, f.get("class"), f.get("layers"), f.get("heads")) for name, f in model.items()]
-    return ", ".join(f"{name} ({cls}) of {layers} layers with {heads} heads" for name, cls, layers, heads in facts)
+    facts = [(name, *(f.get(n) for n in ("class", "layers", "heads", "attentions"))) for name, f in model.items()]
+    return ", ".join(
+        f"{name} ({cls}) of {layers} layers with {heads} heads and {attentions} attention modules"
+        for name, cls, layers, heads, attentions in facts
+    )
 
 
 def folder() -> Path:

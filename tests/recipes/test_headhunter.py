@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from patchkit import InvalidOption
-from patchkit.recipes.headhunter import SoftPAG, hunt, search
+from patchkit.recipes.headhunter import SoftPAG, hunt, presets, search
 from patchkit.recipes.headhunter.store import Store
 
 CALL = {"num_inference_steps": 2, "output_type": "latent"}
@@ -153,3 +153,36 @@ def test_presets(flux, tmp_path, monkeypatch) -> None:
     (tmp_path / "no.json").write_text("[]")
     with pytest.raises(InvalidOption, match="no preset"):
         SoftPAG(heads=str(tmp_path / "no.json"))
+
+
+SHIPPED = sorted(p.relative_to(presets.SHIPPED).with_suffix("").as_posix() for p in presets.SHIPPED.rglob("*.json"))
+
+
+def on_meta(cls: Any, **config: Any) -> Any:
+    with torch.device("meta"):
+        return cls(**config)
+
+
+def test_shipped_presets_fit_the_models_they_are_for_and_no_others() -> None:
+    """Built at full size without memory for weights; Stable Diffusion 3.5 medium has as many layers and heads as 3."""
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+    import patchkit
+
+    sd3 = {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536}
+    later = {"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
+    models = {
+        "sd3": on_meta(SD3Transformer2DModel, **sd3),
+        "flux": on_meta(FluxTransformer2DModel, guidance_embeds=True),
+        "sd35": on_meta(SD3Transformer2DModel, **sd3, **later),
+    }
+    assert len(SHIPPED) == 14
+    for name in SHIPPED:
+        mine = name.split("/")[0]
+        plan = patchkit.plan(models[mine], SoftPAG(heads=name))
+        assert plan.selections[0].matched
+    for name, other in (("sd3/darker", "flux"), ("sd3/darker", "sd35"), ("flux/green", "sd3")):
+        with pytest.raises(InvalidOption, match="not for"):
+            patchkit.plan(models[other], SoftPAG(heads=name))
+    with pytest.raises(InvalidOption, match="scope='all'"):
+        patchkit.plan(models["sd3"], SoftPAG(heads="sd3/darker", scope="image"))
