@@ -220,3 +220,10 @@ def test_headhunter_on_a_random_model(script, tmp_path: Path) -> None:
     assert (tmp_path / "curve.png").stat().st_size > 1000
     again = bench_of.Bench(None, args, texts)
     assert again.measure("unseen")["scores"] == bench_of.Bench(pipe, args, texts).measure("unseen")["scores"]
+
+
+def test_softpag_cost_predicts_and_makes_no_map(script) -> None:
+    found = script("softpag_cost").measure(4, 2, 1, "cpu", side=64)
+    assert [r.get("extra_forwards_predicted") for r in found] == [None, 1, 0.75, 0.5, 1, 0.25]
+    assert all(r["largest_tensor"] < r["map_of_a_head"] for r in found)
+    assert all(r["largest_tensor"] <= found[0]["largest_tensor"] for r in found if "image" not in r["variant"])

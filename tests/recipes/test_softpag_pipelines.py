@@ -216,6 +216,22 @@ def all_heads(blocks: list[Any]) -> list[tuple[int, int]]:
     return [(i, h) for i, block in enumerate(blocks) for h in range(block.attn.heads)]
 
 
+def test_the_prediction_is_not_linear_in_the_strength() -> None:
+    """Interpolating predictions instead of attention would give something else: the layers behind see to that."""
+    entry = tiny.PIPELINES["sd3"]
+    pipe = entry.build(4)
+    found = {}
+    for u in (0.5, 1.0):
+        found[u] = weak_ones(pipe, entry, SoftPAG(heads=[(0, h) for h in range(4)], strength=u, scale=1e-20))[0]
+    naive = Naive(pairs=[(0, h) for h in range(4)], u=0.5)
+    with patchkit.apply(pipe, naive):
+        tiny.run(entry, pipe)
+    _, cond, faint = naive.found[0]
+    close(found[0.5], faint)
+    halfway = (cond + found[1.0]) / 2
+    assert float((halfway - faint).norm() / (cond - faint).norm()) > 1e-3
+
+
 def test_other_heads_of_the_first_perturbed_layer_keep_every_bit() -> None:
     from dataclasses import dataclass
 
