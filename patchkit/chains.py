@@ -56,7 +56,7 @@ def around_denoise(bound: Bound, component: str, inner: Denoise) -> Denoise:
         key = (component, "", call.branch, 0)
         ledger = bound.ledger(key)
         ledger.calls += 1
-        given = call.replace(state=bound.state(key), shared=bound.shared, ledger=ledger)
+        given = call.replace(sites=bound.sites, state=bound.state(key), shared=bound.shared, ledger=ledger)
         return bound.recipe.denoise(given, inner)
 
     return denoise

@@ -187,7 +187,8 @@ class DenoiseCall(_Timed):
     """One call of a denoiser (or of a language model's forward).
 
     ``args`` and ``kwargs`` are exactly what the pipeline passed; change them, call ``next(call)`` as often as needed,
-    and return what the module would have returned.
+    and return what the module would have returned. ``sites`` are the attention modules that the recipe has selected,
+    of all components: with them it can prepare what its :meth:`~patchkit.Recipe.attend` will need, a cache for one.
     """
 
     module: torch.nn.Module
@@ -195,6 +196,7 @@ class DenoiseCall(_Timed):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     moment: Moment
+    sites: list[Site] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
     ledger: Ledger = None  # type: ignore[assignment]

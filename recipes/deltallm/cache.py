@@ -1,0 +1,325 @@
+"""Layers of transformers' cache that hold packed runs, or the filtered keys beside the true ones.
+
+They take the place of a ``DynamicCache``'s own layers while the patched model runs, so the cache that ``generate``
+made, or that the user holds, is the one that shrinks. Imported only once a transformers model runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from patchkit import kernels
+from patchkit.context import DenoiseCall
+from patchkit.errors import PatchkitError
+from patchkit.recipes.deltallm.runs import SPARE, Past, Rule, attend_pasts, begin, expand, select
+from patchkit.sites import Site
+
+WHERE = "the cache of recipe 'deltallm'"
+
+
+class RunLayer(DynamicLayer):
+    """Whole keys and values up to ``min_tokens`` tokens; then packed runs, exact ones in the window, and sinks.
+
+    It counts true tokens whatever it holds. Where the patch is gone, :meth:`update` writes the runs out as tokens
+    again, so that the cache goes on as a dense one.
+
+    Args:
+        old: the dense layer whose place it takes, with what it holds.
+        rule: what becomes a run at this layer.
+        min_tokens: up to here everything stays dense.
+    """
+
+    is_croppable = False  # not by any number of tokens
+
+    def __init__(self, old: DynamicLayer, rule: Rule, min_tokens: int) -> None:
+        super().__init__()
+        _take_over(self, old)
+        self.rule, self.min_tokens = rule, min_tokens
+        self.live = False  # whether the patched model is running
+        self.pasts: list[Past] | None = None
+        self.columns = 0  # tokens with padding, while packed
+        self.fresh: tuple[Tensor, Tensor] | None = None  # given to the model, to be taken in by its attention
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The new tokens alone where attention will look up the rest here; else all of them."""
+        self._settle()
+        if not self.live:
+            self.write_out()
+        elif self.pasts is not None or self.get_seq_length() + key_states.shape[2] > self.min_tokens:
+            if torch.compiler.is_compiling():
+                raise PatchkitError(
+                    "a packed cache cannot be compiled: its sizes depend on the data",
+                    WHERE,
+                    "run the model uncompiled, or patch with stages='prefill'",
+                )
+            self.fresh = key_states, value_states
+            return key_states, value_states
+        whole: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return whole
+
+    def _settle(self) -> None:
+        """Tokens that no attention took in, because something failed in between, were never there."""
+        self.fresh = None
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keep the new tokens dense and return all of them; only while nothing is packed."""
+        assert self.fresh is not None
+        (k, v), self.fresh = self.fresh, None
+        found: tuple[Tensor, Tensor] = super().update(k, v)
+        return found
+
+    def attend(self, q: Tensor, starts: list[int], scale: float | None) -> Tensor:
+        """Attention from the new tokens; takes them in and packs what left the window."""
+        assert self.fresh is not None
+        (k, v), self.fresh = self.fresh, None
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        if self.pasts is None:
+            self.start(starts, k, v)
+        assert self.pasts is not None
+        out = attend_pasts(self.pasts, q, k, v, self.columns, self.rule, scale)
+        self.columns += k.shape[2]
+        return out
+
+    def start(self, starts: list[int], k: Tensor, v: Tensor) -> None:
+        """From now on packed; what is there is taken in at the next call, ``k`` and ``v`` only say the sizes."""
+        known = self.get_seq_length()
+        keys, values = (self.keys, self.values) if known else (k[:, :, :0], v[:, :, :0])
+        self.pasts, self.columns = begin(starts, keys, values), known
+        self.keys = self.values = None
+
+    def pack(self) -> None:
+        """Pack what lies outside of the window already."""
+        for past in self.pasts or ():
+            past.prompt = past.prompt or past.tokens
+            border = self.rule.border.exact_from(past.tokens // self.rule.chunk, past.prompt)
+            if border > past.border:
+                past.pack(border, self.rule)
+            past.forget(self.rule)
+
+    def write_out(self) -> None:
+        """Every token gets a key and a value again, those of its run; from now on dense."""
+        if self.pasts is not None:
+            self.keys, self.values = expand(self.pasts, self.columns)
+            self.pasts, self.columns = None, 0
+
+    # --- what callers of a cache ask --------------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Tokens that were given in, padding included."""
+        return self.columns if self.pasts is not None else super().get_seq_length()
+
+    def reset(self) -> None:
+        self.pasts, self.columns, self.fresh = None, 0, None
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens back. A packed layer does so exactly, at least up to 32 of them, or refuses."""
+        if self.pasts is None or tokens_to_remove >= 0:
+            super().crop(tokens_to_remove)  # which refuses positive numbers
+            return
+        count = -tokens_to_remove
+        if not all(past.can_crop(count, self.rule) for past in self.pasts):
+            raise PatchkitError(
+                f"{count} tokens cannot be taken back: beyond {SPARE}, the exact keys that would be needed are gone",
+                WHERE,
+                "crop by less, copy the cache before you go on, or call reset() and give the tokens in again",
+            )
+        for past in self.pasts:
+            past.crop(count, self.rule)
+        self.columns -= count
+
+    def _select(self, sources: list[int]) -> None:
+        assert self.pasts is not None
+        self.pasts = select(self.pasts, sources)
+
+    def starts(self) -> list[int]:
+        """Padding before each sample, while packed."""
+        found = {sample: past.start for past in self.pasts or () for sample in past.samples}
+        return [found[sample] for sample in range(len(found))]
+
+    def _batch(self) -> int:
+        return sum(len(past.samples) for past in self.pasts or ())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.pasts is None:
+            super().reorder_cache(beam_idx)
+        elif beam_idx.tolist() != list(range(self._batch())):
+            self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.pasts is None:
+            super().batch_select_indices(indices)
+        else:
+            self._select(
+                torch.arange(self._batch())[indices.cpu() if isinstance(indices, Tensor) else indices].tolist()
+            )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.pasts is None:
+            super().batch_repeat_interleave(repeats)
+        else:
+            self._select([i for i in range(self._batch()) for _ in range(repeats)])
+
+    def offload(self) -> None:
+        """Packed layers stay where they are."""
+        if self.pasts is None:
+            super().offload()
+
+    def prefetch(self) -> None:
+        if self.pasts is None:
+            super().prefetch()
+
+
+class _Filtered:
+    """Beside the keys, the same keys after the dead band; a mixin over either kind of dynamic layer."""
+
+    keys: Any
+
+    def adopt(self, old: Any) -> None:
+        """Take over what ``old`` holds."""
+        _take_over(self, old)
+        self.hat: Tensor | None = None  # of as many tokens as there are keys, once scanned
+        self.kept: Tensor | None = None  # elements that changed so far, (B, Hkv)
+        self.scanned = 0  # tokens that were scanned
+        self.prompt = 0  # tokens of the last call that had several
+        self.starts: list[int] | None = None
+        self.fresh: list[Tensor] = [self.keys] if self.get_seq_length() else []  # type: ignore[attr-defined]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise PatchkitError("filtered keys cannot be compiled", WHERE, "run the model uncompiled")
+        out = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        self.fresh.append(key_states)
+        return out
+
+    def scan(self, keys: Tensor, theta: float, starts: Tensor | None) -> tuple[Tensor, Tensor, int]:
+        """The filtered form of ``keys``, which :meth:`update` has returned.
+
+        Returns:
+            (B, Hkv, T, D); elements that changed, (B, Hkv); tokens that were scanned.
+        """
+        k = torch.cat(self.fresh, 2)
+        self.fresh = []
+        if self.hat is None:
+            hat, kept = kernels.dead_band(k, theta, start=starts)
+        else:
+            more, kept = kernels.dead_band(k, theta, reference=self.hat[:, :, -1])
+            hat = torch.cat([self.hat, more], 2)
+        self.kept = kept.sum(-1) if self.kept is None else self.kept + kept.sum(-1)
+        self.scanned += k.shape[2]
+        self.hat = hat[:, :, -self.keys.shape[2] :]
+        return hat[:, :, -keys.shape[2] :], self.kept, self.scanned
+
+    def reset(self) -> None:
+        self.hat = self.kept = None
+        self.fresh, self.scanned, self.starts = [], 0, None
+        super().reset()  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        before = self.keys.shape[2] if self.keys is not None else 0
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if self.hat is None or not before:
+            return
+        removed = abs(tokens_to_remove)
+        self.hat = self.hat[:, :, : before - removed][:, :, -self.keys.shape[2] :]
+        if removed:  # how much of it had changed is not known any more: as much as on average
+            assert self.kept is not None
+            self.kept = (self.kept * (self.scanned - removed)) // max(1, self.scanned)
+            self.scanned -= removed
+
+    def _pick(self, index: Any) -> None:
+        self.fresh = [k[index] for k in self.fresh]
+        if self.hat is not None and self.kept is not None and self.starts is not None:
+            self.hat, self.kept = self.hat[index], self.kept[index]
+            self.starts = torch.tensor(self.starts)[index.cpu()].tolist()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._pick(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._pick(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        batch = self.keys.shape[0] if self.keys is not None else 0
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._pick(torch.arange(batch).repeat_interleave(repeats))
+
+
+class FilteredLayer(_Filtered, DynamicLayer):
+    """A dynamic layer with filtered keys beside its keys."""
+
+    def __init__(self, old: DynamicLayer) -> None:
+        super().__init__()
+        self.adopt(old)
+
+
+class FilteredSlidingLayer(_Filtered, DynamicSlidingWindowLayer):
+    """A sliding layer with filtered keys beside its keys."""
+
+    def __init__(self, old: DynamicSlidingWindowLayer) -> None:
+        super().__init__(old.sliding_window)
+        self.adopt(old)
+
+
+_OWN = ("rule", "min_tokens", "live", "pasts", "columns", "fresh", "hat", "kept", "scanned", "prompt", "starts")
+
+
+def _take_over(new: Any, old: Any) -> None:
+    """What a layer of transformers holds, and nothing that a layer of ours adds to it."""
+    if isinstance(old, RunLayer):
+        old.write_out()
+    vars(new).update({name: value for name, value in vars(old).items() if name not in _OWN})
+
+
+def cache_of(call: DenoiseCall) -> tuple[DenoiseCall, Any]:
+    """The cache of this forward, made here where the model would make it inside; None where there is none."""
+    signature = inspect.signature(type(call.module).forward)
+    try:
+        given = signature.bind_partial(call.module, *call.args, **call.kwargs).arguments
+    except TypeError:  # a wrong call: the model will say so
+        return call, None
+    if "past_key_values" not in signature.parameters:
+        return call, None
+    cache = given.get("past_key_values")
+    if cache is not None or ("past_key_values" in given and "past_key_values" not in call.kwargs):
+        return call, cache
+    config = call.module.config.get_text_config(decoder=True)
+    use = given.get("use_cache", given.get("kwargs", {}).get("use_cache"))
+    use = config.use_cache if use is None else use
+    if not use or call.module.training or getattr(call.module.config, "is_encoder_decoder", False):
+        return call, None
+    cache = DynamicCache(config=config)
+    return call.replace(kwargs={**call.kwargs, "past_key_values": cache}), cache
+
+
+def layers_of(cache: Any, sites: Iterable[Site], make: Any) -> dict[str, Any]:
+    """The layers of ours in a cache, by site, after those that can be replaced have been.
+
+    Args:
+        cache: anything; only a plain ``DynamicCache`` that does not offload has layers that can be replaced.
+        sites: the recipe's.
+        make: (site, old layer) -> new one, or None to leave it.
+    """
+    if type(cache) is not DynamicCache or cache.offloading:
+        return {}
+    found = {}
+    for site in sites:
+        number = site.module.layer_idx
+        while cache.layer_class_to_replicate is not None and len(cache.layers) <= number:
+            cache.layers.append(cache.layer_class_to_replicate())
+        if number >= len(cache.layers):
+            continue
+        old = cache.layers[number]
+        new = make(site, old)
+        if new is not None:
+            cache.layers[number] = found[site.name] = new
+    return found
