@@ -84,13 +84,17 @@ def calibrate(
         raise InvalidOption("theta is what is looked for", WHERE, "leave it out")
     recipe = DeltaLLM.build(options, WHERE)
     sequences = _sequences(model, texts_or_input_ids, tokenizer, max_tokens)
-    keys = _keys(model, sequences, recipe)
-    layers = keys.pop("layers")
-    thetas = [0.0] * layers
-    for layer, found in keys.items():
-        thetas[layer] = _bisect(found, recipe, target_sparsity)
-        logger.info("layer %d: theta %.4g", layer, thetas[layer])
+    thetas = thresholds(keys_of(model, sequences, recipe), recipe, target_sparsity)
     return recipe.options() | {"mode": recipe.mode, "metric": recipe.metric, "theta": thetas}
+
+
+def thresholds(keys: list[list[Tensor]], recipe: DeltaLLM, target: float) -> list[float]:
+    """A threshold for each layer from its keys; 0 for layers without any."""
+    found = []
+    for layer, mine in enumerate(keys):
+        found.append(_bisect(mine, recipe, target) if mine else 0.0)
+        logger.info("layer %d: theta %.4g", layer, found[-1])
+    return found
 
 
 def sparsity(k: Tensor, recipe: DeltaLLM, theta: float) -> float:
@@ -127,7 +131,8 @@ def _bisect(keys: list[Tensor], recipe: DeltaLLM, target: float) -> float:
     return float(f"{high:.5g}")
 
 
-def _keys(model: Any, sequences: list[Tensor], recipe: DeltaLLM) -> dict[Any, Any]:
+def keys_of(model: Any, sequences: list[Tensor], recipe: DeltaLLM) -> list[list[Tensor]]:
+    """Keys after RoPE, (B, Hkv, N, D) a sequence, of each layer; none of layers that the recipe leaves alone."""
     import patchkit
 
     found: dict[Any, Any] = {}
@@ -138,7 +143,7 @@ def _keys(model: Any, sequences: list[Tensor], recipe: DeltaLLM) -> dict[Any, An
     with patchkit.apply(model, watch), torch.no_grad():
         for ids in sequences:
             inner(input_ids=ids.to(inner.device), use_cache=False)
-    return found
+    return [found.get(layer, []) for layer in range(found["layers"])]
 
 
 def _sequences(model: Any, given: Any, tokenizer: Any, max_tokens: int) -> list[Tensor]:
