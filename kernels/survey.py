@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .bench.accuracy import TOLERANCE
+from .deadband import dead_band
+from .deadband.reference import dead_band_reference
 from .dense import dense_attention
 from .dense.reference import dense_attention_reference
 from .gpu import obstacle
@@ -20,6 +22,9 @@ from .layout import BlockLayout
 from .mass import block_mass
 from .mass.reference import block_mass_reference
 from .merge import merge_states
+from .packed import packed_attention
+from .packed.reference import packed_attention_reference
+from .runs import Packed, find_runs, pack_runs
 from .sparse import block_sparse_attention, choose_path
 from .sparse.reference import block_sparse_reference
 
@@ -120,6 +125,8 @@ def _operators() -> dict[str, Operator]:
         "block_mass": (_path_of("mass.triton"), every, _mass, _mass_exact),
         "merge_states": (lambda device: ("plain torch", "elementwise on any device"), every, _merge, _dense_exact),
     }
+    found["dead_band"] = (_path_of("deadband.triton"), every, _dead_band, _dead_band_exact)
+    found["packed_attention"] = (_path_of("packed.triton"), every, _packed, _packed_exact)
     if importlib.util.find_spec("patchkit.kernels.topk"):
         found["row_topk"] = (_path_of("topk.triton"), (torch.float32,), _topk, _topk_exact)
     return found
@@ -259,3 +266,34 @@ def _topk(p: Problem) -> Tensors:
 def _topk_exact(p: Problem) -> Tensors:
     best = p.q.sort(dim=-1, descending=True, stable=True).indices[..., :7].sort(-1).values
     return best, torch.full(best.shape[:-1], 7, device=best.device)
+
+
+def _dead_band(p: Problem) -> Tensors:
+    return (dead_band(p.k, 0.5)[0],)
+
+
+def _dead_band_exact(p: Problem) -> Tensors:
+    return (dead_band_reference(p.k.cpu(), 0.5)[0].cumsum(2).to(p.k.device),)
+
+
+def _packed(p: Problem) -> Tensors:
+    return (packed_attention(p.q, *_past(p), **PACKED),)
+
+
+def _packed_exact(p: Problem) -> Tensors:
+    packed, used, *rest = _past(p)
+    packed = Packed(*(x.cpu() for x in packed))
+    exact = packed_attention_reference(p.q.cpu(), packed, used.cpu(), *(x.cpu() for x in rest[:2]), rest[2], **PACKED)
+    return (exact.to(p.q.device),)
+
+
+PACKED = {"chunk": 64, "first": 192}
+
+
+def _past(p: Problem) -> tuple[Packed, Tensor, Tensor, Tensor, list[int]]:
+    """A past of 192 tokens in runs of two, before the tokens of the problem."""
+    k = p.k.repeat_interleave(2, 2)[:, :, :192]
+    begins = find_runs(k, 0.0, chunk=64)
+    packed = pack_runs(k, p.v[:, :, :192], begins)
+    used = begins.sum(-1, dtype=torch.int32).expand(5, -1, -1).contiguous()
+    return packed, used, p.k, p.v, [192] * 5

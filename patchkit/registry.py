@@ -110,6 +110,14 @@ TITLES = {
     "sd": "SD 1.5 / SDXL",
     "pixart": "PixArt",
     "sana": "Sana",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "bitnet": "BitNet",
+    "gemma3": "Gemma 3",
+    "gpt2": "GPT-2",
+    "llava": "LLaVA",
 }
 
 

@@ -30,7 +30,13 @@ def packed_attention_blocked(
     bias = packed.counts.float().log()  # log 0 is -inf: such a row weighs nothing
     longest = used.flatten(1).amax(1).tolist() if used.numel() else [0] * len(exact_from)
     masks: dict[tuple[int, int], Tensor] = {}
+    done = _dense_prefix(exact_from, longest, chunk, first, L)
+    if done:  # a long prompt's first blocks that see no run are one causal call
+        keys = slice(first - begin, first - begin + done)
+        out[:, :, :done] = _exact(q[:, :, :done], k[:, :, keys], v[:, :, keys], scale, masks)[0]
     for block, start in enumerate(exact_from):
+        if (first // chunk + block + 1) * chunk <= first + done:
+            continue
         low = max(first, (first // chunk + block) * chunk) - first
         high = min(first + L, (first // chunk + block + 1) * chunk) - first
         rows = q[:, :, low:high]
@@ -41,6 +47,15 @@ def packed_attention_blocked(
             result, _ = merge_states(result, lse, other, weight)
         out[:, :, low:high] = result
     return out
+
+
+def _dense_prefix(exact_from: Sequence[int], longest: Sequence[int], chunk: int, first: int, queries: int) -> int:
+    """How many queries, in whole blocks from the first one on, see all keys from the first query's on and no others."""
+    blocks = 0
+    while blocks < len(exact_from) and exact_from[blocks] == first and not longest[blocks]:
+        blocks += 1
+    # A last block that is cut short is left to the loop.
+    return min(blocks, queries // chunk) * chunk if blocks > 1 and first % chunk == 0 else 0
 
 
 def _exact(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -122,7 +123,8 @@ class DeltaLLM(Recipe):
             return "capped logits"
         if getattr(module, "sinks", None) is not None:
             return "learned sinks"
-        window = getattr(module, "sliding_window", None if hasattr(module, "sliding_window") else _configured(module))
+        holder = module if hasattr(module, "sliding_window") else module.config
+        window = getattr(holder, "sliding_window", None)
         if self.mode == "runs" and window is not None:
             return f"a sliding window of {window} tokens of its own, which bounds its cache already"
         return None
@@ -270,15 +272,11 @@ class DeltaLLM(Recipe):
             return "prefill (stages='decode')"
         if call.extra.get("dropout"):
             return "dropout"
-        if call.q.requires_grad and call.q.grad_fn is not None:
-            return "gradients are recorded"
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+            return "recorded gradients"
         if call.extra.get("softcap") or dict(call.extra.get("kwargs", ())).get("softcap"):
             return "capped logits"
         return None
-
-
-def _configured(module: Any) -> Any:
-    return getattr(module.config, "sliding_window", None)
 
 
 def _dense(call: AttentionCall, next: Next, reason: str) -> Tensor:

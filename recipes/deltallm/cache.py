@@ -190,14 +190,24 @@ class _Filtered:
         self.scanned = 0  # tokens that were scanned
         self.prompt = 0  # tokens of the last call that had several
         self.starts: list[int] | None = None
-        self.fresh: list[Tensor] = [self.keys] if self.get_seq_length() else []  # type: ignore[attr-defined]
+        self.fresh: list[Tensor] = []  # keys that were not scanned yet
+        self.live = False  # whether the patched model is running
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             raise PatchkitError("filtered keys cannot be compiled", WHERE, "run the model uncompiled")
+        if not self.live:
+            self._drop()
+        elif self.hat is None and not self.fresh and self.keys is not None and self.keys.numel():
+            self.fresh = [self.keys]  # it held these before, or went on without its patch
         out = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
-        self.fresh.append(key_states)
+        if self.live:
+            self.fresh.append(key_states)
         return out
+
+    def _drop(self) -> None:
+        self.hat = self.kept = self.starts = None
+        self.fresh, self.scanned = [], 0
 
     def scan(self, keys: Tensor, theta: float, starts: Tensor | None) -> tuple[Tensor, Tensor, int]:
         """The filtered form of ``keys``, which :meth:`update` has returned.
@@ -218,8 +228,7 @@ class _Filtered:
         return hat[:, :, -keys.shape[2] :], self.kept, self.scanned
 
     def reset(self) -> None:
-        self.hat = self.kept = None
-        self.fresh, self.scanned, self.starts = [], 0, None
+        self._drop()
         super().reset()  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -239,6 +239,21 @@ def test_rows_of_count_zero_weigh_nothing(dtype: torch.dtype) -> None:
     assert relative < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
 
 
+def test_first_blocks_without_runs_are_attended_at_once() -> None:
+    """As under a recipe that leaves the first tokens dense; the next block sees runs."""
+    args, more, (q, k, v, begins, _) = problem(4, 2, 90, 90, 16, 1)
+    _, packed, used, *_ = args
+    late = [0, 0, 0, 0, 48, 64]
+    used = used.clone()
+    used[:4] = 0
+    used[4] = begins[:, :, :48].sum(-1)
+    out = packed_attention(q, packed, used, k, v, late, **more)
+    torch.testing.assert_close(out, expanded(q, k, v, begins, late, **more), atol=2e-6, rtol=1e-5)
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out[:, :, :64], dense[:, :, :64], atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(out[:, :, 64:], dense[:, :, 64:], atol=1e-3)
+
+
 def test_strided_inputs() -> None:
     args, more, dense = problem(4, 2, 80, 80, 16, 1)
     q, packed, used, k, v, exact = args

@@ -16,6 +16,8 @@ OPERATORS = {
     "block_mass",
     "merge_states",
     "row_topk",
+    "dead_band",
+    "packed_attention",
 }
 
 

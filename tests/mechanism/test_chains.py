@@ -282,3 +282,26 @@ def test_offload_before_and_after_patching(when: str) -> None:
     pipe.remove_all_hooks()
     assert torch.equal(tiny.run(entry, pipe), plain)
     assert type(pipe.transformer).__mro__[0] is type(entry.build().transformer)
+
+
+def test_a_denoise_wrapper_knows_the_sites_that_its_recipe_has_selected() -> None:
+    """Each recipe its own; so it can prepare for its attention ops (a language model's cache, for one)."""
+
+    @dataclass(frozen=True)
+    class Asks(Recipe):
+        name = "toy-asks"
+
+        def validate(self) -> None:
+            object.__setattr__(self, "found", [])
+
+        def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:
+            self.found.append([site.name for site in call.sites])  # type: ignore[attr-defined]
+            return next(call)
+
+    entry = tiny.MODELS["llama"]
+    model, all_layers, last = entry.build(), Asks(), Asks(layers="-1")
+    with patchkit.apply(model, [all_layers, last]):
+        tiny.forward(entry, model)
+    names = [f"model.layers.{i}.self_attn" for i in range(2)]
+    assert all_layers.found == [names]  # type: ignore[attr-defined]
+    assert last.found == [names[1:]]  # type: ignore[attr-defined]

@@ -258,7 +258,10 @@ def test_stages(stages: str) -> None:
         assert bool(ledger.dense) == (stages == "decode")
 
 
-def test_gradients_and_dropout_run_dense() -> None:
+def test_recorded_gradients_run_dense() -> None:
     q, k, v = qkv(30)
-    _, ledger = run(runs(theta=1.0, window=4), q.requires_grad_() * 1, k, v)
-    assert list(ledger.dense) == ["gradients are recorded"]
+    for which in range(3):
+        given = [x.clone().requires_grad_(i == which) for i, x in enumerate((q, k, v))]
+        out, ledger = run(runs(theta=1.0, window=4), *given)
+        assert list(ledger.dense) == ["recorded gradients"]
+        assert out.requires_grad
