@@ -29,7 +29,7 @@ from torch import Tensor
 
 import patchkit
 from patchkit.kernels import find_runs
-from patchkit.recipes.deltallm import DeltaLLM, runs
+from patchkit.recipes.deltallm import DeltaLLM, batch
 from patchkit.text_metrics import cache_bytes
 
 HALF = 0.5  # share of rows removed
@@ -76,11 +76,11 @@ def prefill(n: int, repeats: int) -> dict[str, Any]:
     recipe = DeltaLLM(metric="euclidean", theta=theta_for(k, HALF), min_tokens=0)
     site: Any = type("Site", (), {"layer": 0})()
     rule = recipe.rule(site)
-    _, (past,) = runs.attend_at_once(q, k, v, [0], rule, None)
+    _, (past,) = batch.attend_at_once(q, k, v, [0], rule, None)
     found = timed(
         {
             "dense": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
-            "runs": lambda: runs.attend_at_once(q, k, v, [0], rule, None),
+            "runs": lambda: batch.attend_at_once(q, k, v, [0], rule, None),
             "scan": lambda: find_runs(k, rule.theta, metric="euclidean"),
         },
         repeats,
@@ -121,6 +121,7 @@ def filled(model: Any, tokens: int) -> tuple[Any, float]:
     heads = config.num_key_value_heads
     D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = DynamicCache(config=config)
+    tokens += 64  # past the 32 tokens after min_tokens in which everything is still kept for a crop
     k = walk(heads, tokens, D)
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1))
     for layer in cache.layers:

@@ -277,23 +277,18 @@ def _dead_band_exact(p: Problem) -> Tensors:
 
 
 def _packed(p: Problem) -> Tensors:
-    return (packed_attention(p.q, *_past(p), **PACKED),)
+    packed, used, starts = _past(p)
+    return (packed_attention(p.q, packed, used, p.k, p.v, starts, chunk=64, first=192),)
 
 
 def _packed_exact(p: Problem) -> Tensors:
-    packed, used, *rest = _past(p)
-    packed = Packed(*(x.cpu() for x in packed))
-    exact = packed_attention_reference(p.q.cpu(), packed, used.cpu(), *(x.cpu() for x in rest[:2]), rest[2], **PACKED)
-    return (exact.to(p.q.device),)
+    packed, used, starts = _past(Problem(p.q.cpu(), p.k.cpu(), p.v.cpu(), p.layout))
+    q, k, v = p.q.cpu(), p.k.cpu(), p.v.cpu()
+    return (packed_attention_reference(q, packed, used, k, v, starts, chunk=64, first=192).to(p.q.device),)
 
 
-PACKED = {"chunk": 64, "first": 192}
-
-
-def _past(p: Problem) -> tuple[Packed, Tensor, Tensor, Tensor, list[int]]:
+def _past(p: Problem) -> tuple[Packed, Tensor, list[int]]:
     """A past of 192 tokens in runs of two, before the tokens of the problem."""
-    k = p.k.repeat_interleave(2, 2)[:, :, :192]
-    begins = find_runs(k, 0.0, chunk=64)
-    packed = pack_runs(k, p.v[:, :, :192], begins)
-    used = begins.sum(-1, dtype=torch.int32).expand(5, -1, -1).contiguous()
-    return packed, used, p.k, p.v, [192] * 5
+    begins = find_runs(p.k.repeat_interleave(2, 2)[:, :, :192], 0.0, chunk=64)
+    packed = pack_runs(p.k.repeat_interleave(2, 2)[:, :, :192], p.v[:, :, :192], begins)
+    return packed, begins.sum(-1, dtype=torch.int32).expand(5, -1, -1).contiguous(), [192] * 5

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..gpu import Variant, launching
 from ..runs import Packed
-from .triton_kernels import decode_kernel, merge_kernel, prefill_kernel
+from .triton_decode import decode_kernel, merge_kernel
+from .triton_kernels import prefill_kernel
 
 LOG2E = 1.4426950408889634
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -220,24 +221,20 @@ def variants() -> list[Variant]:
     """Every form of launch for the shapes that matter."""
     prefill = [
         (64, torch.bfloat16, 128),
-        (64, torch.float16, 512),
-        (64, torch.bfloat16, 32),
+        (64, torch.float16, 32),
         (80, torch.bfloat16, 128),
         (128, torch.bfloat16, 128),
-        (128, torch.float16, 64),
         (256, torch.bfloat16, 128),
         (64, torch.float32, 128),
     ]
     decode = [
         (64, torch.bfloat16, 4),
-        (128, torch.bfloat16, 4),
         (128, torch.float16, 40),
         (80, torch.bfloat16, 8),
         (256, torch.bfloat16, 4),
-        (256, torch.bfloat16, 64),
         (64, torch.float32, 4),
     ]
-    merge = [(64, torch.bfloat16), (80, torch.float16), (256, torch.bfloat16)]
+    merge = [(80, torch.float16), (256, torch.bfloat16)]
     found = [_prefill_variant(*form) for form in prefill] + [_decode_variant(*form) for form in decode]
     return found + [_merge_variant(*form) for form in merge]
 

@@ -17,7 +17,8 @@ DTYPES = ("auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")  # a
 OFFLOADS = ("none", "model", "sequential")
 VIDEO_SUFFIXES = (".mp4", ".gif")
 TEXT_SUFFIXES = (".txt", ".json")
-SUFFIXES = (*VIDEO_SUFFIXES, ".png", *TEXT_SUFFIXES)
+RECIPE_SUFFIXES = (".yaml", ".yml")  # what a verb finds may be a recipe file; no run can be written as one
+SUFFIXES = (*VIDEO_SUFFIXES, ".png", *TEXT_SUFFIXES, *RECIPE_SUFFIXES)
 MAX_SEED = 2**63 - 1
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -13,7 +13,7 @@ from torch import Tensor
 from patchkit.context import AttentionCall, DenoiseCall
 from patchkit.errors import InvalidOption, PatchkitError
 from patchkit.recipe_base import Recipe
-from patchkit.recipes.deltallm import elements, runs
+from patchkit.recipes.deltallm import batch, elements, runs
 from patchkit.recipes.deltallm.calibration import calibrate
 from patchkit.recipes.deltallm.masks import starts_of
 from patchkit.recipes.deltallm.windows import Border, Window
@@ -178,7 +178,8 @@ class DeltaLLM(Recipe):
     def _layer(self, site: Site, old: Any) -> Any:
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        from patchkit.recipes.deltallm.cache import FilteredLayer, FilteredSlidingLayer, RunLayer
+        from patchkit.recipes.deltallm.cache import RunLayer
+        from patchkit.recipes.deltallm.filtered import FilteredLayer, FilteredSlidingLayer
 
         if self.mode == "runs":
             rule = self.rule(site)
@@ -214,7 +215,7 @@ class DeltaLLM(Recipe):
         if isinstance(starts, str) or max(starts) >= call.k.shape[2]:
             return _dense(call, next, starts if isinstance(starts, str) else "a sample of padding alone")
         with call.ledger.time("runs", call.q.device):
-            out, pasts = runs.attend_at_once(call.q, call.k, call.v, starts, self.rule(call.site), call.scale)
+            out, pasts = batch.attend_at_once(call.q, call.k, call.v, starts, self.rule(call.site), call.scale)
         call.ledger.count("two-phase prefill")
         _note(call, pasts)
         return out

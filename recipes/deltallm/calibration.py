@@ -51,6 +51,7 @@ def calibrate(
     *,
     tokenizer: Any = None,
     max_tokens: int = 2048,
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Find a threshold for each layer at which it reaches ``target_sparsity`` on some text.
@@ -67,6 +68,7 @@ def calibrate(
         target_sparsity: what each layer is to reach, in (0, 1).
         tokenizer: for texts.
         max_tokens: longer texts are cut.
+        progress: is told how many layers are done, of how many.
         options: of the recipe (``mode``, ``metric``, ``window``, ``chunk``, ``layers`` ...), all but ``theta``.
 
     Returns:
@@ -84,14 +86,21 @@ def calibrate(
         raise InvalidOption("theta is what is looked for", WHERE, "leave it out")
     recipe = DeltaLLM.build(options, WHERE)
     sequences = _sequences(model, texts_or_input_ids, tokenizer, max_tokens)
-    thetas = thresholds(keys_of(model, sequences, recipe), recipe, target_sparsity)
+    thetas = thresholds(keys_of(model, sequences, recipe), recipe, target_sparsity, progress)
     return recipe.options() | {"mode": recipe.mode, "metric": recipe.metric, "theta": thetas}
 
 
-def thresholds(keys: list[list[Tensor]], recipe: DeltaLLM, target: float) -> list[float]:
+def thresholds(
+    keys: list[list[Tensor]],
+    recipe: DeltaLLM,
+    target: float,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
     """A threshold for each layer from its keys; 0 for layers without any."""
     found = []
     for layer, mine in enumerate(keys):
+        if progress is not None:
+            progress(layer, len(keys))
         found.append(_bisect(mine, recipe, target) if mine else 0.0)
         logger.info("layer %d: theta %.4g", layer, found[-1])
     return found
