@@ -63,6 +63,7 @@ def run(call: JobCall) -> JobResult:
         progress=tell,
         **setting,
     )
+    call.output.parent.mkdir(parents=True, exist_ok=True)
     written = save_recipes([dataclasses.replace(recipe, theta=found["theta"])], call.output)
     rows = [(str(i), f"{theta:g}") for i, theta in enumerate(found["theta"]) if theta]
     notes = (f"use them: patchkit.apply(model, {str(written)!r}), or add `model:` and `inputs:` and run the file",)
