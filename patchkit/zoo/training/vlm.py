@@ -34,6 +34,7 @@ from patchkit.zoo.training.loop import Loop
 from patchkit.zoo.training.muon import Muon
 from patchkit.zoo.training.vlm_model import WIDTH, build_model
 from patchkit.zoo.training.vlm_rows import HINTS, Batch, Hints, Packer, choose, pixels
+from patchkit.zoo.world import COLOURS
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ class Run(Loop):
                 questions = choose(views[n], shown[n], rng)
                 rows.append(self.packer.row(questions, 1, rng.random() < PLAIN, rng.random() < CONVERSATIONS))
         batch = Batch.of(rows, self.packer.tokenizer.pad_token_id)
+        batch.mishear(rows, [self.packer.ids(colour)[0] for colour in COLOURS], rng)
         return pixels(stills.render(shown)), batch, Hints.of(rows, views, shown)
 
     def loss(self, rng: random.Random) -> tuple[Tensor, int]:
@@ -144,7 +146,10 @@ class Run(Loop):
         flat, closed = hit[wanted], ends[wanted].long().cumsum(0) - ends[wanted].long()
         misses = torch.zeros(int(ends.sum())).index_add_(0, closed, (~flat).float())
         self.right.append((int((misses == 0).sum()), len(misses)))
-        return F.cross_entropy(logits[wanted], batch.labels[wanted]) + told, len(pictures)
+        # a caption has many tokens, yes and no are one: between a mean of tokens and a mean of answers
+        weight = closed.bincount()[closed].float().rsqrt()
+        each = F.cross_entropy(logits[wanted], batch.labels[wanted], reduction="none")
+        return (each * weight).sum() / weight.sum() + told, len(pictures)
 
 
 def trained_average(run: Path, prefix: str) -> dict[str, Tensor]:

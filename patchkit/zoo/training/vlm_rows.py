@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ from patchkit.zoo.world import COLOURS, SHAPES
 
 QUESTIONS = 4  # about each picture, besides its caption
 # Which of two objects is meant is learnt last, long after both can be described; so most questions turn on that.
-REFERRING = ("colour", "colour", "shape", "shape", "position", "neighbour", "yes or no")
+REFERRING = ("colour", "shape", "shape", "position", "neighbour", "yes or no", "yes or no", "yes or no")
 SENTENCES = 0.5  # share of these questions that want a sentence, which names what is meant once more before it tells
+MISNAMED = 0.5  # share of the questions for the shape of an only object that name it by any colour
+MISHEARD = 0.15  # share of the colours in answers that are read wrong when the next word is to be told
 UNSHAPED = ("colour", "colour", "colour", "colour", "background", "count")
 UNCOLOURED = ("yes or no", "shape", "yes or no", "position", "shape", "yes or no", "count", "shape")
 HINTS = (len(SHAPES), 3, 2, 1)  # its shape, colour (red, green, blue), place (x, y), and whether it is there at all
@@ -58,9 +60,23 @@ def choose(view: View, still: Still, rng: random.Random) -> list[Question]:
     else:
         questions = ask_all(view, rng)
         captions = [q for q in questions if q.kind == "caption"]
-        others = [q for q in questions if q.kind != "caption"]
+        others = [misname(q, rng) for q in questions if q.kind != "caption"]
         questions = captions + rng.sample(others, min(QUESTIONS, len(others)))
     return rng.sample(questions, len(questions))
+
+
+def misname(question: Question, rng: random.Random) -> Question:
+    """A question for the shape of the only object, by a colour that it may not have; other questions as they are.
+
+    Pairs that never come together in a picture would never come together in a question, either, and the model would
+    learn to answer from the question alone.
+    """
+    words = COLOURS.keys() & set(question.words)
+    if question.kind != "shape" or not words or rng.random() > MISNAMED:
+        return question
+    old, new = words.pop(), rng.choice(list(COLOURS))
+    named = tuple((told.replace(old, new), thing) for told, thing in question.named)
+    return replace(question, text=question.text.replace(old, new), named=named)
 
 
 class Packer:
@@ -122,6 +138,17 @@ class Batch:
             for begin, end in row.answers:
                 labels[n, begin - 1 : end - 1] = ids[n, begin:end]
         return cls(ids, padded([r.places for r in rows], 0), mask[:, None], labels)
+
+    def mishear(self, rows: Sequence[Row], colours: Sequence[int], rng: random.Random) -> None:
+        """Change some of the colours in what the model has said so far; what it has to say stays.
+
+        Otherwise it learns from its own words which shape never follows a colour, and looks no more.
+        """
+        for n, row in enumerate(rows):
+            for begin, end in row.answers:
+                for place in range(begin, end):
+                    if row.ids[place] in colours and rng.random() < MISHEARD:
+                        self.ids[n, place] = rng.choice(colours)
 
 
 @dataclass
