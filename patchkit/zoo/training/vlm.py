@@ -61,7 +61,7 @@ class Stage:
     two: bool
 
 
-STAGES = (Stage(250, 16, 40, False), Stage(1150, 16, 80, False))
+STAGES = (Stage(250, 16, 40, False), Stage(1150, 16, 80, False), Stage(700, 16, 70, False))
 
 
 def optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
