@@ -56,6 +56,16 @@ _ENTRIES = {
     "minilm": _Entry(
         folder="", pipeline="", about="all-MiniLM-L6-v2, a real sentence encoder of 6 layers, from a package of its own"
     ),
+    "image": _Entry(
+        folder="image",
+        pipeline="StableDiffusionPipeline",
+        about="text to image, 64x64: up to two coloured shapes and where they are; can be inverted and edited",
+        call={
+            "prompt": "a red circle left of a green square on a blue background",
+            "num_inference_steps": 25,
+            "guidance_scale": 2.0,
+        },
+    ),
     "dit": _Entry(
         folder="dit",
         pipeline="StableDiffusion3Pipeline",

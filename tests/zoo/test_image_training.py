@@ -209,3 +209,16 @@ def test_one_command_goes_through_all_stages(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
     assert set(result) == {"trained", "inversion", "untrained_control"}
     assert result["trained"]["two"]["n"] == 1
+
+
+def test_every_description_has_a_word_to_swap():
+    rng = random.Random(0)
+    both = stills.Description.parse("a green circle left of a purple square on a black background")
+    assert both.held_out == "item"
+    for wanted in (both, *(stills.sample_description(rng, 0.5, ("", "item", "scene")) for _ in range(200))):
+        attribute, new = inversion.swap(wanted, rng)
+        old_words, new_words = wanted.caption.split(), new.caption.split()
+        changed = [(a, b) for a, b in zip(old_words, new_words, strict=True) if a != b and {a, b} != {"a", "an"}]
+        assert len(changed) == 1, (wanted.caption, new.caption)
+        assert attribute in ("background", "colour", "shape")
+        assert new.held_out != "item" or wanted.held_out == "item"

@@ -13,7 +13,7 @@ from patchkit.zoo.stills import Description
 from patchkit.zoo.training.image_evaluate import draw_wanted, generate, summarise, untrained
 from patchkit.zoo.training.inversion import decode, draw_stills, encode, round_trip, swaps
 
-CALL = {"num_inference_steps": 15, "guidance_scale": 2.0}
+CALL = {"num_inference_steps": 10, "guidance_scale": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,14 @@ def test_the_decoder_inverts_the_written_encoder(pipe):
 
 @pytest.mark.parametrize("kind", ["ddim", "dpm++"])
 def test_renders_come_back_from_the_noise_that_they_invert_to(pipe, kind):
-    pictures = draw_stills(4, 21)
-    row = round_trip(pipe, pictures, kind, 50, True)
+    row = round_trip(pipe, draw_stills(3, 21), kind, 25, True)
     assert row["psnr_to_vae"] > 25, row
-    assert row["right"] >= 0.75, row
+    assert row["right"] == 1, row
+    assert abs(row["noise_neighbours"]) < 0.1, row  # it is noise, not a faint picture
 
 
 def test_swapped_words_change_what_they_name_and_leave_the_place(pipe):
-    row = swaps(pipe, draw_stills(8, 22), guidance=2.0)
+    row = swaps(pipe, draw_stills(4, 22), steps=20, guidance=2.0)
     assert row["edited"] >= 0.5, row
     assert row["kept_place"] >= 0.5, row
 

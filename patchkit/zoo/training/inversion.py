@@ -107,7 +107,7 @@ def round_trip(pipe: Any, pictures: list[Still], kind: str, steps: int, with_wor
 
 
 def swap(wanted: Description, rng: random.Random) -> tuple[str, Description]:
-    """Change one word for another that gives a description seen in training: (which attribute, new description)."""
+    """Change one word for another: (which attribute, new description). Held-out pairs come in no new place."""
     while True:
         attribute = rng.choice(("background", "colour", "shape") if wanted.items else ("background",))
         if attribute == "background":
@@ -119,7 +119,8 @@ def swap(wanted: Description, rng: random.Random) -> tuple[str, Description]:
             items[n] = replace(items[n], **{attribute: word})
             new = replace(wanted, items=tuple(items))
         colours = [new.background, *(item.colour for item in new.items)]
-        if new != wanted and len(set(colours)) == len(colours) and new.held_out != "item":
+        known = new.held_out != "item" or wanted.held_out == "item"  # two held-out pairs are not got rid of by one word
+        if new != wanted and len(set(colours)) == len(colours) and known:
             return attribute, new
 
 

@@ -20,7 +20,7 @@ QUESTIONS = 4  # about each picture, besides its caption
 REFERRING = ("colour", "shape", "shape", "position", "neighbour", "yes or no", "yes or no", "yes or no")
 SENTENCES = 0.5  # share of these questions that want a sentence, which names what is meant once more before it tells
 MISNAMED = 0.5  # share of the questions for the shape of an only object that name it by any colour
-MISHEARD = 0.15  # share of the colours in answers that are read wrong when the next word is to be told
+MISHEARD = 0.3  # share of the colours in answers that are read wrong when the next word is to be told
 UNSHAPED = ("colour", "colour", "colour", "colour", "background", "count")
 UNCOLOURED = ("yes or no", "shape", "yes or no", "position", "shape", "yes or no", "count", "shape")
 HINTS = (len(SHAPES), 3, 2, 1)  # its shape, colour (red, green, blue), place (x, y), and whether it is there at all
@@ -54,7 +54,7 @@ def choose(view: View, still: Still, rng: random.Random) -> list[Question]:
         fitting = {q.text: q for q in found if q is not None and not unnamed & set(q.words)}
         return list(fitting.values())[:QUESTIONS]
     if len(view.things) == 2:
-        found = [ask(view, rng, kind) for kind in (*REFERRING, *rng.sample(KINDS, 2))]
+        found = [ask(view, rng, kind) for kind in (*REFERRING, "caption", rng.choice(KINDS))]
         different = {q.text: q for q in found if q is not None}.values()
         questions = [in_a_sentence(q) if rng.random() < SENTENCES else q for q in different]
     else:
