@@ -11,6 +11,7 @@ on torch only; triton is imported when a GPU call needs it.
 # which version of the Hugging Face library it is. A second copy of the operators would replace the registered ones.
 if __name__ == "patchkit.kernels":
     from .deadband import dead_band
+    from .classes import class_attention
     from .dense import dense_attention
     from .errors import GradientError, KernelTypeError, KernelValueError, LayoutError
     from .layout import BlockLayout, ElementRule
@@ -18,6 +19,7 @@ if __name__ == "patchkit.kernels":
     from .merge import merge_states
     from .packed import packed_attention
     from .runs import Packed, find_runs, pack_runs
+    from .redistribute import redistribute
     from .sparse import Path, block_sparse_attention, choose_path
     from .survey import Finding, paths, survey
     from .topk import row_topk
@@ -36,12 +38,14 @@ __all__ = [
     "block_sparse_attention",
     "choose_path",
     "dead_band",
+    "class_attention",
     "dense_attention",
     "find_runs",
     "merge_states",
     "pack_runs",
     "packed_attention",
     "paths",
+    "redistribute",
     "row_topk",
     "survey",
 ]
