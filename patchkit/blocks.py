@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from patchkit import instance
+from patchkit import compiled, instance
 from patchkit.adapters.base import Adapter
 from patchkit.bound import Bound
-from patchkit.chains import around_block
-from patchkit.context import AroundBlock, BlockCall
+from patchkit.chains import around_block, enter_block
+from patchkit.context import AroundBlock, BlockCall, BlockInput
 from patchkit.journal import Journal
 from patchkit.sites import Site
 
@@ -41,6 +42,7 @@ class Block:
     layer: int
     layers: int
     chained: bool = False
+    entered: Tensor | None = None  # what a compiled graph knows it by
 
     @property
     def full_name(self) -> str:
@@ -85,6 +87,7 @@ class Blocks:
         self._slot, self._mark = installation.slot, installation.mark
         self.installed: dict[int, Block] = {}  # by the id of its module, which the block keeps alive
         self.around: list[Bound] = []  # outermost first
+        self.looking: list[Bound] = []  # those that look at what enters
         self.missed: set[str] = set()  # recipes whose blocks ran inside a compiled graph
         self._classes: dict[type, type] = {}
         self._passed = False  # whether a block has come by since the last call of its model began
@@ -92,13 +95,20 @@ class Blocks:
     def install(self, bounds: list[Bound], journal: Journal) -> None:
         """Lead the blocks that recipes stand around to :meth:`run`."""
         installation = self._owner()
-        wanted = [b for b in bounds if b.recipe.wraps("block")]
+        wanted = [b for b in bounds if b.recipe.wraps("block") or b.recipe.wraps("enter")]
         if installation is None or not wanted:
             return
         for block in blocks_of(installation.adapter, installation.sites):
-            if id(block.module) not in self.installed and any(b.covers(block.component) for b in wanted):
+            if id(block.module) not in self.installed and any(_wants(b, block) for b in wanted):
                 self.installed[id(block.module)] = block  # first: a failure inside is taken back for it
+                block.entered = compiled.number(block, self.look)
+                journal.set(block, block.module, "_patchkit_block", block.entered)
                 journal.set(block, block.module, "__class__", self._class(type(block.module)))
+
+    def chain(self, active: list[Bound]) -> None:
+        """Let these recipes work, outermost first."""
+        self.around = [b for b in active if b.recipe.wraps("block")]
+        self.looking = [b for b in active if b.recipe.wraps("enter")]
 
     def withdraw(self, keep: set[int], journal: Journal) -> None:
         """Take back the blocks that came since ``keep`` was all there was."""
@@ -116,7 +126,11 @@ class Blocks:
 
         def call(module: Any, *args: Any, **kwargs: Any) -> Any:
             # Inside a compiled graph only the block itself runs; `watch` notices that nobody came by.
-            if slot.closed or torch.compiler.is_compiling():
+            if slot.closed:
+                return own(module, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                if self.looking:
+                    args, kwargs = _shown(module._patchkit_block, args, kwargs)
                 return own(module, *args, **kwargs)
             return self.run(own, module, args, kwargs)
 
@@ -126,13 +140,32 @@ class Blocks:
         """One call of a block, through the recipes around it."""
         installation, block = self._owner(), self.installed.get(id(module))
         self._passed = True
-        if installation is None or block is None or not self.around:
+        if installation is None or block is None or not (self.around or self.looking):
             return own(module, *args, **kwargs)
-        chain: AroundBlock = lambda call: own(module, *call.args, **call.kwargs)  # noqa: E731
+        moment = installation.tracker.moment_of(block.component)
+
+        def chain(call: BlockCall) -> Any:
+            if self.looking and (found := _hidden(call.args, call.kwargs)) is not None:
+                self.look(block, found)
+            return own(module, *call.args, **call.kwargs)
+
+        return self._around(block, chain)(BlockCall(block, args, kwargs, moment))
+
+    def _around(self, block: Block, chain: AroundBlock) -> AroundBlock:
         for bound in reversed(self.around):
             if bound.covers(block.component):
                 chain = around_block(bound, chain)
-        return chain(BlockCall(block, args, kwargs, installation.tracker.moment_of(block.component)))
+        return chain
+
+    def look(self, block: Block, hidden: Tensor) -> None:
+        """Show the recipes what enters a block."""
+        installation = self._owner()
+        if installation is not None:
+            tracker = installation.tracker
+            for bound in self.looking:
+                if bound.enters(block.component, block.layer):
+                    moment = tracker.moment_of(block.component)
+                    enter_block(bound, BlockInput(block, hidden, tracker.past, moment))
 
     @contextlib.contextmanager
     def watch(self, components: tuple[str, ...]) -> Iterator[None]:
@@ -142,3 +175,22 @@ class Blocks:
         yield
         if waiting and not self._passed:
             self.missed.update(waiting)
+
+
+def _wants(bound: Bound, block: Block) -> bool:
+    if bound.recipe.wraps("block") and bound.covers(block.component):
+        return True
+    return bound.enters(block.component, block.layer)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The hidden states among a block's arguments: the first of them."""
+    found = args[0] if args else kwargs.get("hidden_states")
+    return found if isinstance(found, Tensor) else None
+
+
+def _shown(number: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inside a compiled graph: show what enters, and go on with it. Is traced."""
+    if args:
+        return (compiled.enter(args[0], number), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": compiled.enter(kwargs["hidden_states"], number)}

@@ -21,6 +21,7 @@ class Bound:
     owner: object
     sites: list[Site]
     enabled: bool = True
+    prepared: Any = None  # what the recipe found when it looked at the model
     window: StepWindow = field(init=False)
     states: dict[Key, dict[str, Any]] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)  # for all calls at all levels
@@ -47,6 +48,10 @@ class Bound:
     def heads(self, site: Site) -> frozenset[int]:
         """The heads that the option ``heads`` selects at a site."""
         return self.recipe.head_numbers().resolve(site.heads)
+
+    def enters(self, component: str, layer: int) -> bool:
+        """Whether the recipe looks at what enters a block: where it has selected sites."""
+        return self.recipe.wraps("enter") and any(s.component == component and s.layer == layer for s in self.sites)
 
     def let_go(self) -> None:
         """Hold nothing of the model any more: the handle of a removed patch may live on."""

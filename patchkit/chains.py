@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from patchkit.bound import Bound
-from patchkit.context import AroundBlock, Attend, AttentionCall, BlockCall, Denoise, DenoiseCall, Run, RunCall
+from patchkit.context import (
+    AroundBlock,
+    Attend,
+    AttentionCall,
+    BlockCall,
+    BlockInput,
+    Denoise,
+    DenoiseCall,
+    Run,
+    RunCall,
+)
 from patchkit.errors import PatchkitError
 from patchkit.sites import Site
 
@@ -33,7 +44,8 @@ def _around_attend(bound: Bound, inner: Attend) -> Attend:
         key = (site.component, site.name, moment.branch, call.index)
         ledger = bound.ledger(key)
         ledger.calls += 1
-        out = recipe.attend(call.replace(state=bound.state(key), shared=bound.shared, ledger=ledger), inner)
+        given = call.replace(state=bound.state(key), shared=bound.shared, ledger=ledger, prepared=bound.prepared)
+        out = recipe.attend(given, inner)
         expected = (*call.q.shape[:-1], call.v.shape[-1])
         if not isinstance(out, Tensor) or out.shape != expected:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -70,10 +82,18 @@ def around_block(bound: Bound, inner: AroundBlock) -> AroundBlock:
         if not bound.window.contains(moment.step, moment.total):
             return inner(call)
         key = (call.block.component, call.block.name, moment.branch, 0)
-        given = call.replace(state=bound.state(key), shared=bound.shared, ledger=bound.ledger(key))
-        return bound.recipe.block(given, inner)
+        ours = {"state": bound.state(key), "shared": bound.shared, "ledger": bound.ledger(key)}
+        return bound.recipe.block(call.replace(**ours, prepared=bound.prepared), inner)
 
     return block
+
+
+def enter_block(bound: Bound, call: BlockInput) -> None:
+    """Show one recipe what enters a transformer block."""
+    if bound.window.contains(call.step, call.total):
+        key = (call.block.component, call.block.name, call.branch, 0)
+        ours = {"state": bound.state(key), "shared": bound.shared, "ledger": bound.ledger(key)}
+        bound.recipe.enter(dataclasses.replace(call, **ours, prepared=bound.prepared))
 
 
 def run_chain(bounds: list[Bound], own: dict[int, dict[str, Any]], last: Callable[[RunCall], Any]) -> Run:

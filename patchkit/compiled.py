@@ -2,7 +2,8 @@
 
 ``torch.compile`` around a model that is patched already traces our override of its call away: at run time there is only
 the graph. So the graph gets an opaque op that hears the call's inputs and hands them on as new tensors, which makes
-everything that uses them come after it. Recipes around the call itself cannot be served that way.
+everything that uses them come after it. Recipes around the call itself cannot be served that way. In the same way the
+blocks inside show what enters them.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from patchkit.blocks import Block
     from patchkit.installation import Installation
 
 _numbers = itertools.count(1)
 _by_number: weakref.WeakValueDictionary[int, Installation] = weakref.WeakValueDictionary()
+_blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
+_listeners: dict[int, weakref.WeakMethod[Callable[[Block, Tensor], None]]] = {}
 
 
 def register(installation: Installation) -> Tensor:
@@ -81,3 +86,32 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 hear.register_autograd(_backward, setup_context=_remember)
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def number(block: Block, listener: Callable[[Block, Tensor], None]) -> Tensor:
+    """What a graph knows a block by. ``listener``, a method, is shown what enters it."""
+    new = next(_numbers)
+    _blocks[new], _listeners[new] = block, weakref.WeakMethod(listener)
+    weakref.finalize(block, _listeners.pop, new, None)
+    return torch.tensor(new, device="cpu")
+
+
+@torch.library.custom_op("patchkit::enter", mutates_args=())
+def enter(hidden: Tensor, block: Tensor) -> Tensor:
+    """Show the hidden states (B, N, width) that enter a block. Returns a copy: an op must not return its inputs."""
+    found = _blocks.get(int(block))
+    told = _listeners[int(block)]() if found is not None else None
+    if found is not None and told is not None:
+        told(found, hidden)
+    return hidden.clone()
+
+
+@enter.register_fake
+def _(hidden: Tensor, block: Tensor) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+enter.register_autograd(lambda ctx, grad: (grad, None))

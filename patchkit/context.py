@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from patchkit import masks
+
 if TYPE_CHECKING:
     from patchkit.blocks import Block
     from patchkit.ledger import Ledger
     from patchkit.sites import Site
-
-
-_NOTHING_LEFT = -9000.0  # -10000 is -9984 in bfloat16; exp of either is 0 in every dtype
 
 
 class Grid(NamedTuple):
@@ -102,11 +101,17 @@ class AttentionCall(_Timed):
         grid: shape of the visual tokens, None if unknown or without meaning here.
         text: where the text tokens are: in the joint sequence, or among the keys of a cross-attention (None: no text
             here, or unknown).
-        visual: (B, Nk) bool, True = a visual token, in the decoder of a vision-language model; None elsewhere.
+        visual: (B, Nk) bool, True = a visual token, in the decoder of a vision-language model; None elsewhere, and
+            where it cannot be known.
+        real: (B, Nk) bool, True = a token, False = padding or an empty slot of the cache, in a language model; None if
+            unknown.
+        first: number of the key that belongs to the first query, in a language model; None if unknown.
+        dropped: tokens of the sequence that a sliding window has let go: key j belongs to token j + dropped.
         moment: step, total and guidance branch.
         state: what this recipe keeps for (component, site, branch, index) until the run ends.
         shared: what this recipe keeps until the run ends for all calls at all levels.
         ledger: where the recipe writes what it did, for the report.
+        prepared: what the recipe's :meth:`~patchkit.recipe_base.Recipe.prepare` returned.
     """
 
     q: Tensor
@@ -120,10 +125,14 @@ class AttentionCall(_Timed):
     grid: Grid | None = None
     text: Span | None = None
     visual: Tensor | None = None
+    real: Tensor | None = None
+    first: int | None = None
+    dropped: int = 0
     moment: Moment = field(default_factory=Moment)
     state: dict[str, Any] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
     ledger: Ledger = None  # type: ignore[assignment]  # set before any recipe sees the call
+    prepared: Any = None
     # the library's own arguments, handed through; shared by all copies of the call. The model's own op leaves the
     # attention weights under "weights" where the library's function returns them
     extra: dict[str, Any] = field(default_factory=dict)
@@ -135,25 +144,42 @@ class AttentionCall(_Timed):
             setattr(other, name, value)
         return other
 
+    @property
+    def softcap(self) -> float | None:
+        """The c of logits c * tanh(s / c), where the model's own op caps them."""
+        found = self._argument("softcap")
+        return None if found is None else float(found)
+
+    @property
+    def window(self) -> int | None:
+        """How many keys, itself included, a query of a sliding-window layer sees; None where it sees all."""
+        found = self._argument("sliding_window")
+        return None if found is None else int(found)
+
+    def _argument(self, name: str) -> Any:
+        """One of the library's own arguments, compiled or not."""
+        return self.extra.get(name, self.extra.get("kwargs", {}).get(name))
+
+    def visible(self, rows: Tensor | None = None) -> Tensor | None:
+        """Which keys some queries see: ``mask`` with causality and window in it, whatever its form.
+
+        Args:
+            rows: (R,) numbers of queries; None = all.
+
+        Returns:
+            Bool or additive, broadcastable to (B, H, R, Nk); None = all of them see everything.
+
+        Raises:
+            TypeError: the mask is no tensor, or has a form that nobody here knows.
+        """
+        return masks.visible(self, rows)
+
     def key_padding(self) -> Tensor | None:
         """(B or 1, Nk) bool, True = a real key, if the mask only says which keys are padding; else None.
 
         Additive masks count as padding masks when each entry is 0 or leaves nothing of a key; diffusers writes -10000.
         """
-        if self.mask is None:
-            return None
-        mask = self.mask
-        if mask.ndim == 2:
-            mask = mask[:, None, None, :]
-        if mask.ndim != 4 or mask.shape[2] != 1:
-            return None
-        if mask.shape[1] != 1 and not bool((mask == mask[:, :1]).all()):  # diffusers repeats it for each head
-            return None
-        mask = mask[:, 0, 0, :]
-        if mask.dtype == torch.bool:
-            return mask
-        blocked = mask <= _NOTHING_LEFT
-        return ~blocked if bool((blocked | (mask == 0)).all()) else None
+        return None if self.mask is None else masks.padding(self.mask)
 
 
 @dataclass(slots=True)
@@ -171,6 +197,7 @@ class BlockCall(_Timed):
     state: dict[str, Any] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
     ledger: Ledger = None  # type: ignore[assignment]
+    prepared: Any = None
 
     @property
     def layer(self) -> int:
@@ -180,6 +207,32 @@ class BlockCall(_Timed):
     def replace(self, **changes: Any) -> BlockCall:
         """A copy of this call with some fields changed; ``kwargs`` is copied so that it can be edited."""
         return _replaced(self, changes)
+
+
+@dataclass(slots=True)
+class BlockInput(_Timed):
+    """What enters a transformer block. To be looked at only.
+
+    Attributes:
+        block: the block; its ``layer`` counts as the sites' numbers do.
+        hidden: (B, N, width), the residual stream before the block's first norm.
+        past: how many tokens of the sequence came before these N, in a language model; None if unknown.
+        moment, state, shared, ledger, prepared: as of an :class:`AttentionCall`; ``state`` is that of the block.
+    """
+
+    block: Block
+    hidden: Tensor
+    past: int | None
+    moment: Moment
+    state: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
+    ledger: Ledger = None  # type: ignore[assignment]
+    prepared: Any = None
+
+    @property
+    def layer(self) -> int:
+        """Number of the block in its component."""
+        return self.block.layer
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from patchkit.errors import Conflict
 from patchkit.journal import Journal
 from patchkit.ordering import ordered
 from patchkit.rebind import Slot
+from patchkit.sequences import Sequences
 from patchkit.sites import Site
 from patchkit.tracker import Tracker
 
@@ -46,6 +47,7 @@ class Installation:
         self.inside: set[str] = set()  # components whose model is running
         self._moments: dict[str, Moment] = {}  # of the denoise chains that are running
         self.blocks = Blocks(self)
+        self.sequences = Sequences()  # of a language model
         for site in self.sites:
             site.tracker = self.tracker
 
@@ -168,7 +170,8 @@ class Installation:
                     wrapping.setdefault(site, []).append(bound)
         for site in self.sites:
             site.chain = attend_chain(site, wrapping.get(site, []))
-        self.blocks.around = [b for b in active if b.recipe.wraps("block")]
+        self.blocks.chain(active)
+        self.sequences.drop_others()  # recipes that come and go know nothing of what they miss
         self._denoisers = [b for b in active if b.recipe.wraps("denoise")]
         self._runners = [b for b in active if b.recipe.wraps("run")]
         self._checkers = [b for b in active if b.recipe.wraps("run") or b.recipe.wraps("check_call")]
@@ -190,7 +193,9 @@ class Installation:
                 chain = around_denoise(bound, component, chain)
         self._moments[component] = moment
         try:
-            return chain(DenoiseCall(inner, component, args, kwargs, moment))
+            result = chain(DenoiseCall(inner, component, args, kwargs, moment))
+            self.sequences.belongs_to(getattr(result, "past_key_values", None))  # models make one themselves
+            return result
         except BaseException:
             self.clear()
             raise
@@ -226,10 +231,10 @@ class Installation:
         inputs = self.tracker.bind(inner, args, kwargs)
         if self.adapter.family != "transformers":
             return self.tracker.moment(component, inputs)
-        fresh, moment = self.tracker.language_moment(inputs)
-        if fresh:
+        sequences = self.sequences
+        if sequences.turn_to(inputs.get("past_key_values"), self.bound):
             self._new_schedule()
-        return moment
+        return self.tracker.language_moment(sequences.current.step, sequences.past, sequences.current.memory)
 
     def _frames_of(self, component: str) -> tuple[str, ...]:
         """A language model is called as one component but its sites may belong to several towers."""

@@ -25,6 +25,7 @@ class Ledger:
     values: dict[str, Any] = field(default_factory=dict)
     cautions: dict[str, str] = field(default_factory=dict)  # what the user did not ask for or cannot want -> why
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _sums: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     _events: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     def count(self, what: str, by: int = 1) -> None:
@@ -38,6 +39,13 @@ class Ledger:
     def note(self, **values: Any) -> None:
         """Keep the newest value of something (a number, a list, a tensor per head)."""
         self.values.update(values)
+
+    def average(self, **values: tuple[Any, Any]) -> None:
+        """Add (total, count) to a mean over calls: numbers or tensors of one shape, say one entry a head."""
+        for name, (total, count) in values.items():
+            if name in self._sums:
+                total, count = self._sums[name][0] + total, self._sums[name][1] + count
+            self._sums[name] = total, count
 
     def caution(self, what: str, why: str) -> None:
         """Have the report begin with a line "WHAT at N of M sites: WHY". An empty ``why`` takes it back."""
@@ -75,14 +83,21 @@ class Ledger:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
         self.settle()
+        means = {name: _mean(*both) for name, both in self._sums.items()}
         return {
             "calls": self.calls,
             "counts": dict(self.counts),
             "dense": dict(self.dense),
             "cautions": dict(self.cautions),
-            "values": {name: _plain(value) for name, value in self.values.items()},
+            "values": {name: _plain(value) for name, value in (self.values | means).items()},
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
         }
+
+
+def _mean(total: Any, count: Any) -> Any:
+    """0 where nothing was counted."""
+    totals, counts = (torch.as_tensor(x).detach().double().cpu() for x in (total, count))
+    return torch.where(counts > 0, totals / counts.clamp_min(1), 0.0)
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from patchkit.adapters.base import Adapter
 from patchkit.errors import InvalidOption, NothingMatched, UnsupportedModel
@@ -20,6 +21,7 @@ class Selection:
     recipe: Recipe
     matched: list[Site]
     left: list[tuple[Site, str]]
+    prepared: Any = None  # what the recipe found when it looked at the model
 
     def reasons(self) -> dict[str, int]:
         """How many sites are left for each reason."""

@@ -24,7 +24,7 @@ class Patch:
 
     def __init__(self, installation: Installation, selections: list[Selection]) -> None:
         self._installation: Installation | None = installation
-        self._bounds = [Bound(s.recipe, self, s.matched) for s in selections]
+        self._bounds = [Bound(s.recipe, self, s.matched, prepared=s.prepared) for s in selections]
         self._left = [s.reasons() for s in selections]
         self._last: Report | None = None
         fresh = not installation.bound

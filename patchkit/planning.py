@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from patchkit.adapters.base import unwrap
@@ -128,8 +128,7 @@ def make_plan(
             plan.order = [b.recipe.name for b in ordered([*installation.bound, *coming])]
         except Conflict as error:
             plan.problems.append(error.what)
-    for selection in selections:
-        selection.recipe.prepare(target, selection.matched)
+    plan.selections = [replace(s, prepared=s.recipe.prepare(target, s.matched)) for s in selections]
     return plan
 
 

@@ -13,7 +13,7 @@ from patchkit.errors import InvalidOption, nearest
 from patchkit.selection import Indices, StepWindow
 
 if TYPE_CHECKING:
-    from patchkit.context import AttentionCall, BlockCall, DenoiseCall, RunCall
+    from patchkit.context import AttentionCall, BlockCall, BlockInput, DenoiseCall, RunCall
     from patchkit.sites import Site
 
 Effect = Literal["replaces", "adjusts"]
@@ -26,12 +26,12 @@ class Recipe:
 
     Override any of :meth:`attend`, :meth:`block`, :meth:`denoise` and :meth:`run`. Each gets a context object and
     ``next``, the rest of the chain, and may change the inputs, call ``next`` once, many times or never, and change the
-    result. A method that is not overridden costs nothing.
+    result. :meth:`enter` only looks. A method that is not overridden costs nothing.
 
     The fields below are common to all recipes and say where and when it works.
 
     Args:
-        layers: block numbers in execution order, for instance ``"0,5-10,-1"`` or ``"5-"``; None = all.
+        layers: block numbers in execution order, for instance ``"0,5-10,-1"``, ``"5-"`` or ``"2:-1"``; None = all.
         heads: head numbers, same grammar; only recipes that work per head use it.
         steps: when: ``(start, stop)`` as fractions of the run (floats) or step numbers (ints); None = always.
         targets: peft's grammar over module names: a list of name endings, or one regular expression for the full name.
@@ -54,6 +54,7 @@ class Recipe:
     before: ClassVar[tuple[str, ...]] = ()  # stands outside these recipes
     after: ClassVar[tuple[str, ...]] = ()  # stands inside these
     conflicts: ClassVar[tuple[str, ...]] = ()
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # named sets of options; `preset="..."` chooses one
     arguments: ClassVar[dict[str, str]] = {}  # extra arguments of pipe(...), name -> what it is
     uses_heads: ClassVar[bool] = False  # whether the option `heads` means anything to it
 
@@ -77,8 +78,11 @@ class Recipe:
         """Why this site cannot be patched, or None if it can. Called once per selected site, at apply."""
         return None
 
-    def prepare(self, target: Any, sites: list[Site]) -> None:
-        """Look at the model before anything is changed; raise if the recipe cannot work on it."""
+    def prepare(self, target: Any, sites: list[Site]) -> Any:
+        """Look at the model before anything is changed; raise if the recipe cannot work on it.
+
+        What it returns, calls at ops and blocks find again as ``call.prepared``.
+        """
 
     def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
         """Stand around one attention op. Returns (B, H, Nq, D)."""
@@ -89,6 +93,13 @@ class Recipe:
 
         Called for every block of the components in which the recipe has selected sites. Inside a model that is compiled
         whole it is not called, which the report says.
+        """
+        raise NotImplementedError
+
+    def enter(self, call: BlockInput) -> None:
+        """Look at the hidden states that enter a transformer block in which the recipe has selected sites.
+
+        Nothing can be changed here; in return it is also called inside models that are compiled whole.
         """
         raise NotImplementedError
 
@@ -126,7 +137,7 @@ class Recipe:
     # --- for everybody ----------------------------------------------------------------------------------------
 
     def wraps(self, level: str) -> bool:
-        """Whether this recipe overrides ``level``: one of the wrappers' names, or ``"check_call"``."""
+        """Whether this recipe overrides ``level``, the name of one of the methods above."""
         return getattr(type(self), level) is not getattr(Recipe, level)
 
     def selects(self) -> bool:
@@ -146,9 +157,18 @@ class Recipe:
         return out
 
     @classmethod
+    def option_names(cls) -> list[str]:
+        """What :meth:`build` takes: the fields, and ``preset`` where there are presets."""
+        return [f.name for f in dataclasses.fields(cls)] + (["preset"] if cls.presets else [])
+
+    @classmethod
     def build(cls: type[R], options: dict[str, Any], where: str = "") -> R:
         """Make a recipe from options, naming unknown ones with the nearest known option."""
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = cls.option_names()
+        if "preset" in options and cls.presets:
+            options = dict(options)
+            place = ", ".join(filter(None, (where or f"recipe {cls.name!r}", "option 'preset'")))
+            options = cls._preset(options.pop("preset"), place) | options
         for name in options:
             if name not in known:
                 place = where or f"recipe {cls.name!r}"
@@ -161,9 +181,22 @@ class Recipe:
             raise
 
     @classmethod
+    def preset(cls: type[R], name: str, **options: Any) -> R:
+        """The recipe with the options of a preset; ``options`` win over them."""
+        return cls.build({"preset": name, **options})
+
+    @classmethod
+    def _preset(cls, name: Any, where: str) -> dict[str, Any]:
+        if name not in cls.presets:
+            raise InvalidOption(f"recipe {cls.name!r} has no preset {name!r}", where, nearest(str(name), cls.presets))
+        return dict(cls.presets[name])
+
+    @classmethod
     def schema(cls) -> dict[str, Any]:
         """JSON schema of the options."""
-        properties = {}
+        properties: dict[str, Any] = {}
+        if cls.presets:
+            properties["preset"] = {"enum": list(cls.presets)}
         for f in dataclasses.fields(cls):
             entry = dict(_adapters(cls)[f.name].json_schema())
             if f.default is not dataclasses.MISSING:

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from patchkit.errors import InvalidOption
 
 _PART = re.compile(r"^\s*(-?\d+)\s*(?:(-)\s*(-?\d+)?)?\s*$")
+_SLICE = re.compile(r"^\s*(-?\d+)?\s*:\s*(-?\d+)?\s*$")
 
 
 @dataclass(frozen=True)
 class Indices:
-    """Numbers and ranges such as ``"0,5-10,-1"``: ends included, negative numbers count from the end."""
+    """Numbers and ranges such as ``"0,5-10,-1"``: ends included, negative numbers count from the end.
+
+    ``"2:-1"`` is a slice as Python's, its end not included: all but the first two and the last.
+    """
 
     parts: tuple[tuple[int, int | None], ...] | None  # None = all
 
@@ -28,10 +32,16 @@ class Indices:
             return cls(tuple((int(i), int(i)) for i in text))
         parts: list[tuple[int, int | None]] = []
         for piece in text.split(","):
+            cut = _SLICE.match(piece)
+            if cut:
+                parts.append(_slice(cut, where))
+                continue
             match = _PART.match(piece)
             if not match:
                 raise InvalidOption(
-                    f"cannot read {piece.strip()!r}", where, "numbers and ranges, for instance '0,5-10,-1' or '5-'"
+                    f"cannot read {piece.strip()!r}",
+                    where,
+                    "numbers, ranges and slices, for instance '0,5-10,-1', '5-' or '2:-1'",
                 )
             start = int(match[1])
             stop = start if match[2] is None else (int(match[3]) if match[3] is not None else None)
@@ -54,12 +64,23 @@ class Indices:
         return frozenset(chosen)
 
     def beyond(self, count: int) -> list[str]:
-        """The parts that select nothing out of 0 .. count-1, as they were written."""
+        """The parts that select nothing out of 0 .. count-1, as they may have been written."""
         found = []
         for start, stop in self.parts or ():
-            if not Indices(((start, stop),)).resolve(count):
+            if Indices(((start, stop),)).resolve(count):
+                continue
+            if stop is not None and stop < 0 <= start:
+                found.append(f"{start}:{'' if stop == -1 else stop + 1}")
+            else:
                 found.append(str(start) if start == stop else f"{start}-{'' if stop is None else stop}")
         return found
+
+
+def _slice(cut: re.Match[str], where: str) -> tuple[int, int | None]:
+    start, end = int(cut[1] or 0), None if cut[2] is None else int(cut[2])
+    if end == 0 or (end is not None and 0 <= end <= start):
+        raise InvalidOption(f"the slice {cut[0].strip()!r} is empty", where, "put the smaller number first")
+    return start, None if end is None else end - 1
 
 
 @dataclass(frozen=True)

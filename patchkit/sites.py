@@ -38,6 +38,7 @@ class Site:
         order: 0 for the first attention of its block, 1 for the second ...
         heads: query heads.
         text_side: where the text stands in a joint sequence.
+        learned_sinks: whether its softmax counts learned logits beside those of the keys.
         unsupported: why it cannot be patched at all, or None.
     """
 
@@ -49,6 +50,7 @@ class Site:
     heads: int
     text_side: Side | None = None
     unsupported: str | None = None
+    learned_sinks: bool = False
     layers: int = 0
     order: int = 0
     number: int = field(default_factory=lambda: next(_numbers))

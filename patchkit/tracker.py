@@ -28,6 +28,8 @@ class Frame:
     inputs: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None
     ops: Counter[int] = field(default_factory=Counter)  # op calls so far by site, where nothing else counts them
+    past: int | None = None  # tokens of a language model's sequence before this call
+    told: bool = False  # whether the adapter has taken in what the call says of its tokens
 
 
 # (denoiser, its inputs by name) -> shape of its visual tokens
@@ -72,6 +74,7 @@ class Tracker:
         self._batched: dict[str, int] = {}  # size of the batch that holds both guidance halves, else 0
         self._grids: dict[str, tuple[tuple[Any, ...], Grid | None]] = {}
         self.memory: dict[str, Any] = {}  # what an adapter wants to remember until the run ends
+        self.past: int | None = None  # tokens in the cache of a language model when its forward began
         self._bare = _BareClock()
         self._heard: Frame | None = None  # of the last call inside a compiled graph, whose end nobody tells
 
@@ -162,14 +165,10 @@ class Tracker:
         half = latents.shape[0] // 2
         return bool(torch.equal(latents[:half], latents[half:]))
 
-    def language_moment(self, inputs: dict[str, Any]) -> tuple[bool, Moment]:
-        """Whether a language model's forward begins a new sequence, and its step: 0 for that, then one a call."""
-        cache: Any = inputs.get("past_key_values")
-        fresh = not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) == 0  # a tensor in static caches
-        self.step = 0 if fresh or self.step is None else self.step + 1
-        if fresh:
-            self.memory.clear()
-        return fresh, Moment(self.step, None)
+    def language_moment(self, step: int, past: int, memory: dict[str, Any]) -> Moment:
+        """Of a language model's forward, which goes on after ``past`` tokens with a sequence's own memory."""
+        self.step, self.past, self.memory = step, past, memory
+        return Moment(step, None)
 
     @contextlib.contextmanager
     def frames(
@@ -177,7 +176,7 @@ class Tracker:
     ) -> Iterator[None]:
         """While the denoiser (or model) runs."""
         self._loose = self._heard = None
-        frames = [Frame(c, moment, inputs, self._grid(c, module, inputs)) for c in components]
+        frames = [Frame(c, moment, inputs, self._grid(c, module, inputs), past=self.past) for c in components]
         self._frames.extend(frames)
         try:
             yield

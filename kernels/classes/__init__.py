@@ -1,4 +1,4 @@
-"""Attention taken apart by class of key: the common core of methods that move or weigh attention between kinds of tokens.
+"""Attention taken apart by class of key: the core of methods that move or weigh attention between kinds of tokens.
 
 Each key has a class (text, image, sink ...), given as one byte. One pass tells how much of each row's attention goes to
 each class, and the output inside any union of classes. From these parts an edit of the attention map is a few lines:
@@ -77,9 +77,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, classes: Tensor, count: int, boost: 
     if classes.dtype != torch.uint8:
         raise type_error(f"classes are {classes.dtype}", WHERE, "Pass uint8.")
     if classes.dim() != 2 or classes.shape[0] not in (1, q.shape[0]) or classes.shape[1] != k.shape[2]:
-        raise value_error(
-            f"classes {tuple(classes.shape)} for k {tuple(k.shape)}", WHERE, "Expected (B or 1, kv_len)."
-        )
+        raise value_error(f"classes {tuple(classes.shape)} for k {tuple(k.shape)}", WHERE, "Expected (B or 1, kv_len).")
     if not 1 <= count <= 8:
         raise value_error(f"{count} classes", WHERE, "Use 1 to 8.")
     if boost is not None and len(boost) != count:

@@ -86,6 +86,4 @@ class Accumulated(Parts):
     def outputs(self, *unions: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Sums of what is there."""
         tiny = torch.finfo(torch.float32).tiny
-        return tuple(
-            self._values[:, :, :, list(u)].sum(3) / self.sum(*u).clamp_min(tiny)[..., None] for u in unions
-        )
+        return tuple(self._values[:, :, :, list(u)].sum(3) / self.sum(*u).clamp_min(tiny)[..., None] for u in unions)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from patchkit.adapters.base import Adapter
+from patchkit.adapters.tokens import Tokens
 from patchkit.context import AttentionCall, Grid
 from patchkit.errors import PatchkitError, UnsupportedModel
 from patchkit.journal import Journal
@@ -55,7 +56,9 @@ class TransformersAdapter(Adapter):
             if towers:
                 component = "vision" if any(name.startswith(v) or f".{v}" in name for v in _VISION) else "text"
             kind = "cross" if _is_cross(module) else "self"
-            sites.append(Site(component, name, module, kind, 0, _heads(module)))  # type: ignore[arg-type]
+            site = Site(component, name, module, kind, 0, _heads(module))  # type: ignore[arg-type]
+            site.learned_sinks = isinstance(getattr(module, "sinks", None), torch.nn.Parameter)
+            sites.append(site)
         if {s.component for s in sites} == {"vision"}:
             for site in sites:
                 site.component = "model"
@@ -87,9 +90,13 @@ class TransformersAdapter(Adapter):
         site = call.site
         call.index = frame.ops[site.number]  # vision towers call the op once an image, or once a window
         frame.ops[site.number] += 1
-        if site.component == "text":
-            call.visual = _visual(frame.inputs, self.target.config, call.k.shape[2], memory)
-        else:
+        if site.component != "vision" and frame.component:
+            tokens = memory.setdefault("tokens", Tokens())
+            if not frame.told:  # the first attention of this call of the model
+                frame.told = True
+                tokens.take(self.target, frame.inputs, frame.past or 0)
+            call.visual, call.real, call.first, call.dropped = tokens.as_keys(call.k.shape[2], call.k.device)
+        if site.component != "text":
             call.grid = _patches(site.module.config, call.q.shape[2])
 
 
@@ -111,24 +118,6 @@ def _led(config: Any, site: Site, slot: Any) -> Any:
         __reduce_ex__=refuse,
     )
     return ours
-
-
-def _visual(inputs: dict[str, Any], config: Any, keys: int, memory: dict[str, Any]) -> Tensor | None:
-    """Which keys are visual tokens: read off the prompt once, the tokens decoded after it are text."""
-    if "visual" not in memory:
-        ids = inputs.get("input_ids")
-        markers = [
-            value
-            for name in ("image_token_id", "image_token_index", "video_token_id")
-            if isinstance(value := getattr(config, name, None), int)
-        ]
-        if not isinstance(ids, Tensor) or not markers:
-            return None
-        memory["visual"] = torch.isin(ids, torch.tensor(markers, device=ids.device))
-    known: Tensor = memory["visual"]
-    if known.shape[1] < keys:
-        known = torch.nn.functional.pad(known, (0, keys - known.shape[1]))
-    return known[:, :keys]
 
 
 def _patches(config: Any, tokens: int) -> Grid | None:

@@ -157,7 +157,7 @@ def _build(document: Document, path: Keys, name: str, options: dict[str, Any]) -
     if name not in known:
         raise RecipeFileError(f"there is no recipe {name!r}", document.where(path), nearest(name, known))
     for option in options:
-        existing = [f.name for f in dataclasses.fields(known[name])]
+        existing = known[name].option_names()
         if option not in existing:
             raise RecipeFileError(
                 f"recipe {name!r} has no option {option!r}",
