@@ -61,6 +61,7 @@ RUN_STATE: dict[str, str] = {
     "AutoencoderKLQwenImage": _CONV_CACHE,
     "Qwen2VLModel": "rope_deltas",
     "Qwen2_5_VLModel": "rope_deltas",
+    "Qwen3VLModel": "rope_deltas",
 }
 
 # Class attributes that Python itself fills in or renews when somebody asks for annotations, or copies an instance

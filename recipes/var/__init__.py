@@ -14,9 +14,12 @@ from patchkit.recipe_base import Recipe
 from patchkit.recipes.var import models, pictures
 from patchkit.recipes.var.channels import Channels
 from patchkit.recipes.var.edit import Strength, edit
+from patchkit.recipes.var.probing import Probe, probe
 from patchkit.recipes.var.sinks import KeyMap, Marks, classified, key_map
 from patchkit.registry import recipe
 from patchkit.sites import Site
+
+__all__ = ["Probe", "Var", "probe"]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

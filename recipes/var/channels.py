@@ -132,7 +132,7 @@ def _user_entries(path: Path) -> list[dict[str, Any]]:
         for entry in entries:
             _fits(entry, Identity("", "", 0, 0, 0))
             tuple(entry["channels"]), entry["status"], entry["who"], entry["source"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PatchkitError(
             f"the file of probed sink channels cannot be read: {error}", str(path), "mend or delete it, and probe again"
         ) from None
