@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..errors import type_error, value_error
 from .blocked import class_attention_blocked
 from .parts import Parts
@@ -50,7 +51,8 @@ def class_attention(
         v: as ``k``.
         classes: (B or 1, kv_len) uint8: below ``count``, or :data:`HIDDEN` for keys that nobody sees.
         count: number of classes, at most 8.
-        mask: bool (True = sees) or additive, broadcastable to (B, H, q_len, kv_len).
+        mask: bool (True = sees) or additive, broadcastable to (B, H, q_len, kv_len). A single query without one takes
+            the Triton kernel on a GPU: say by :data:`HIDDEN` what it does not see.
         scale: logit scale, default 1 / sqrt(D).
         softcap: c: logits become c * tanh(s / c), before ``boost`` and ``mask``.
         boost: one number a class: logits become s + boost * |s|.
@@ -61,8 +63,24 @@ def class_attention(
     """
     _check(q, k, v, classes, count, boost)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is None and boost is None and triton_obstacle(q, k, v, count) is None:
+        from .triton.launch import class_attention_triton
+
+        return class_attention_triton(q, k, v, classes, count, scale, softcap)
     with torch.autocast(q.device.type, enabled=False):
         return class_attention_blocked(q, k, v, classes, count, mask, scale, softcap, boost)
+
+
+def triton_obstacle(q: Tensor, k: Tensor, v: Tensor, count: int) -> str | None:
+    """Why plain torch takes a call without a mask and not the Triton kernels; None when they do."""
+    found = gpu.obstacle(q.device)
+    if found is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        found = "the Triton kernels have no backward"
+    if found is None:
+        from .triton.launch import unsupported
+
+        found = unsupported(q, k, v, count)
+    return found
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, classes: Tensor, count: int, boost: Sequence[float] | None) -> None:

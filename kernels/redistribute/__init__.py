@@ -17,10 +17,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..classes import class_attention
+from ..classes import HIDDEN, class_attention, triton_obstacle
+from ..errors import value_error
 from .reference import CLASSES, OTHER, TARGET, TEXT_SINK, VISUAL_SINK
 
-__all__ = ["OTHER", "TARGET", "TEXT_SINK", "VISUAL_SINK", "Moved", "redistribute"]
+__all__ = [
+    "OTHER",
+    "TARGET",
+    "TEXT_SINK",
+    "VISUAL_SINK",
+    "Moved",
+    "decode_obstacle",
+    "redistribute",
+    "redistribute_decode",
+]
 
 # "At least" holds up to the rounding of fp32 sums: a head exactly on the border is edited.
 ROUNDING = 1e-6
@@ -88,3 +98,47 @@ def redistribute(
     target, sink = parts.outputs((TARGET,), (TEXT_SINK, VISUAL_SINK))
     edited = (out.float() + moved[..., None] * (target - sink)).to(out.dtype)
     return Moved(torch.where(selected[..., None], edited, out), selected, moved)
+
+
+def decode_obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
+    """Why :func:`redistribute_decode` cannot take a call; None if it can."""
+    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1)):
+        return "a mask that does not only say which keys are hidden"
+    return triton_obstacle(q, k, v, CLASSES)
+
+
+def redistribute_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    classes: Tensor,
+    *,
+    recycle: float,
+    rho: float,
+    least: float,
+    allowed: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Moved:
+    """Attention of one query a head with redistribution, in one pass over keys and values (Triton).
+
+    Arguments as those of :func:`redistribute`, with q (B, H, 1, D), mask (B or 1, 1, 1, kv_len) bool, allowed (B or 1,
+    1) bool. It computes the dense output itself: rows that are not edited agree with the dense kernel's to rounding.
+
+    Raises:
+        KernelValueError: :func:`decode_obstacle` says why.
+    """
+    obstacle = decode_obstacle(q, k, v, mask)
+    if obstacle is not None:
+        raise value_error(obstacle, "redistribute_decode", "Use redistribute with a dense output.")
+    from .triton import redistribute_triton
+
+    if mask is not None:
+        classes = torch.where(mask[:, 0, 0], classes, HIDDEN)
+    off = rho > 1 or recycle == 0
+    inside = q.new_ones(1, dtype=torch.int8) if allowed is None else allowed[:, 0].to(torch.int8)
+    inside = (torch.zeros_like(inside) if off else inside).expand(q.shape[0]).contiguous()
+    low, share = least * (1 - ROUNDING), rho * (1 - ROUNDING)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return Moved(*redistribute_triton(q, k, v, classes, inside, recycle, share, low, scale, softcap))

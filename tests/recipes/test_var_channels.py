@@ -77,7 +77,7 @@ def test_neighbours_are_not_known(other: Identity) -> None:
 
 def test_without_channels_the_error_says_what_to_do() -> None:
     model = VLMS["llava"].build()
-    with pytest.raises(patchkit.UnsupportedModel, match="sink channels of llava .* are not known"):
+    with pytest.raises(patchkit.UnsupportedModel, match=r"sink channels of llava .* are not known"):
         patchkit.apply(model, "var")
     assert not patchkit.status(model)["patched"]
 
@@ -290,7 +290,7 @@ def gpt_oss() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("build", "kind", "why"), [(mllama, "mllama", "cross-attention"), (gpt_oss, "gpt_oss", "sink")]
+    ("build", "kind", "why"), [(mllama, "mllama", "cross-attention"), (gpt_oss, "gpt_oss", "learned sink logits")]
 )
 def test_models_that_are_refused_by_name(build: Any, kind: str, why: str) -> None:
     with pytest.raises(patchkit.UnsupportedModel, match=f"VAR does not fit {kind}: .*{why}"):
