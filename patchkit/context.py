@@ -160,6 +160,11 @@ class AttentionCall(_Timed):
         """One of the library's own arguments, compiled or not."""
         return self.extra.get(name, self.extra.get("kwargs", {}).get(name))
 
+    @property
+    def unreadable_mask(self) -> str | None:
+        """Why it cannot be told what the mask says (flex attention has masks that are no tensors); None if it can."""
+        return masks.unreadable(self.mask)
+
     def visible(self, rows: Tensor | None = None) -> Tensor | None:
         """Which keys some queries see: ``mask`` with causality and window in it, whatever its form.
 
@@ -170,7 +175,7 @@ class AttentionCall(_Timed):
             Bool or additive, broadcastable to (B, H, R, Nk); None = all of them see everything.
 
         Raises:
-            TypeError: the mask is no tensor, or has a form that nobody here knows.
+            UnsupportedModel: :attr:`unreadable_mask` says why.
         """
         return masks.visible(self, rows)
 

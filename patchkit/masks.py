@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from patchkit.errors import UnsupportedModel
+
 if TYPE_CHECKING:
     from patchkit.context import AttentionCall
 
@@ -31,8 +33,9 @@ def padding(mask: Tensor) -> Tensor | None:
 def visible(call: AttentionCall, rows: Tensor | None) -> Tensor | None:
     """See :meth:`patchkit.context.AttentionCall.visible`."""
     mask, queries, keys = call.mask, call.q.shape[2], call.k.shape[2]
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim not in (2, 4)):
-        raise TypeError(f"a mask of form {_form(mask)}")
+    unknown = unreadable(mask)
+    if unknown is not None:
+        raise UnsupportedModel(unknown, call.site.full_name, "ask call.unreadable_mask first")
     one_way = call.causal
     window = call.window
     if mask is not None and mask.ndim == 2:  # of the keys only, as flash attention wants it
@@ -52,7 +55,10 @@ def visible(call: AttentionCall, rows: Tensor | None) -> Tensor | None:
     return seen[None, None] if mask is None else mask & seen
 
 
-def _form(mask: object) -> str:
+def unreadable(mask: object) -> str | None:
+    """Why nobody here can tell what a mask says; None if it can be told."""
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim in (2, 4)):
+        return None
     if isinstance(mask, Tensor):
-        return f"{tuple(mask.shape)} {str(mask.dtype).removeprefix('torch.')}"
-    return type(mask).__name__
+        return f"the mask is a tensor of {mask.ndim} dimensions"
+    return f"the mask is a {type(mask).__name__}"

@@ -13,7 +13,7 @@ from patchkit.context import AttentionCall, BlockInput
 from patchkit.recipe_base import Recipe
 from patchkit.recipes.var import models, pictures
 from patchkit.recipes.var.channels import Channels
-from patchkit.recipes.var.edit import Strength, edit
+from patchkit.recipes.var.edit import Strength, edit, fused
 from patchkit.recipes.var.probing import Probe, probe
 from patchkit.recipes.var.sinks import KeyMap, Marks, classified, key_map
 from patchkit.registry import recipe
@@ -109,30 +109,28 @@ class Var(Recipe):
 
     def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
         """The model's own op, then the edit of its text rows."""
-        out = next(call)
         channels: Channels = call.prepared.channels
         if channels.status == "candidate":
             call.ledger.caution("unverified sink channels", f"{channels.source}; `patchkit calibrate var` checks them")
         keys = self._keys(call)
         if isinstance(keys, str):
             call.ledger.ran_dense(keys)
-            return out
+            return next(call)
         if keys.edits is None or not channels.dims or self.recycle == 0 or self.rho > 1:
             call.ledger.count("calls with nothing to move")
-            return out
-        try:
-            edited = edit(call, out, keys, Strength(self.recycle, self.rho, self.min_visual))
-        except TypeError as error:
-            call.ledger.ran_dense(str(error))
-            return out
+            return next(call)
+        strength = Strength(self.recycle, self.rho, self.min_visual)
         call.ledger.count("calls edited")
-        return edited
+        out = fused(call, keys, strength) if next is call.site.terminal else None
+        return edit(call, next(call), keys, strength) if out is None else out
 
     def _keys(self, call: AttentionCall) -> KeyMap | str:
         """What each key is, or why that is not known."""
+        if call.unreadable_mask is not None:
+            return call.unreadable_mask
         marks: Marks | None = call.shared.get("marks", {}).get(call.site.layer)
         if call.visual is None or call.real is None or call.first is None:
-            return UNPLACED if call.step == 0 else UNSEEN
+            return UNSEEN if call.first or call.dropped else UNPLACED
         if marks is None or {call.visual.shape[0], marks.sink.shape[0]} != {call.q.shape[0]}:
             return UNSEEN
         known: KeyMap | None = call.state.get("keys")

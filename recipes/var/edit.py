@@ -13,9 +13,11 @@ from torch import Tensor
 
 from patchkit import kernels
 from patchkit.context import AttentionCall
+from patchkit.kernels.redistribute import decode_obstacle, redistribute_decode
 from patchkit.recipes.var.sinks import KeyMap
 
 ROWS = 128  # of queries at a time: (B, H, 128, Nk) fp32 is kept
+FUSED_KEYS = 2048  # from so many keys on, reading them twice while decoding is worth a kernel of its own
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,7 @@ def eligible(call: AttentionCall, keys: KeyMap) -> Tensor:
 
 
 def edit(call: AttentionCall, out: Tensor, keys: KeyMap, strength: Strength) -> Tensor:
-    """``out`` (B, H, Nq, D), the model's own, with its eligible rows edited. Everything else keeps its bits.
-
-    Raises:
-        TypeError: the mask has a form that nobody here knows.
-    """
+    """``out`` (B, H, Nq, D), the model's own, with its eligible rows edited. Everything else keeps its bits."""
     allowed = eligible(call, keys)
     if call.q.shape[2] == 1:
         return _edited(call, out, keys, strength, allowed, None)
@@ -55,6 +53,33 @@ def edit(call: AttentionCall, out: Tensor, keys: KeyMap, strength: Strength) -> 
     for some in rows.split(ROWS):
         result[:, :, some] = _edited(wide, out[:, :, some], keys, strength, allowed[:, some], some)
     return result
+
+
+def fused(call: AttentionCall, keys: KeyMap, strength: Strength) -> Tensor | None:
+    """Dense attention of a decoded token and the edit in one pass over the cache; None where that is not to be had.
+
+    Only on a GPU with a long cache. Rows that are not edited then agree with the model's own op to rounding.
+    """
+    if call.q.shape[2] != 1 or call.k.shape[2] < FUSED_KEYS:
+        return None
+    mask = call.visible()
+    if decode_obstacle(call.q, call.k, call.v, mask) is not None:
+        return None
+    moved = redistribute_decode(
+        call.q,
+        call.k,
+        call.v,
+        keys.classes,
+        recycle=strength.recycle,
+        rho=strength.rho,
+        least=strength.least,
+        allowed=eligible(call, keys),
+        mask=mask,
+        scale=call.scale,
+        softcap=call.softcap,
+    )
+    count(call, moved.selected, moved.mass, keys.count)
+    return moved.out
 
 
 def _edited(

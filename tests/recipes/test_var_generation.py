@@ -125,7 +125,7 @@ def test_a_second_turn_with_another_picture() -> None:
     """First turn, an answer, then a second question with a picture of its own."""
     model, batch = built(), inputs()
     row = batch["input_ids"][:1]
-    first, second = row[:, :21], row[:, 21:]
+    first, second = row[:, :19], row[:, 19:]
     answer = torch.tensor([[50, 60, 70]])
     with Oracle(model, DIMS, range(4), **GATES):
         wanted = turns(model, first, answer, second, batch["pixel_values"])

@@ -124,3 +124,29 @@ def test_what_the_kernels_do_not_take(change, why) -> None:
     assert why in (decode_obstacle(**given) or "")
     with pytest.raises(KernelValueError, match=why):
         redistribute_decode(**given, classes=kinds(1, 20), **GATES)
+
+
+def test_decoding_of_a_model_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe `var` on a tiny LLaVA, every decoded token through the kernels: the same as without them."""
+    from tiny import generate
+    from tiny.vlms import VLMS
+
+    import patchkit
+    from patchkit.recipes.var import edit
+
+    entry = VLMS["llava"]
+    model = entry.build()
+    options = {"layers": "2", "sink_dims": [3, 7], "tau": 1.0, "min_visual": 0.1}
+
+    def scores() -> Tensor:
+        with patchkit.apply(model, "var", **options):
+            found = generate(entry, model, new_tokens=3, output_logits=True, return_dict_in_generate=True)
+        return torch.stack(found.logits)
+
+    plain = scores()
+    monkeypatch.setattr(edit, "FUSED_KEYS", 1)
+    calls = []
+    kernel = edit.redistribute_decode
+    monkeypatch.setattr(edit, "redistribute_decode", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    assert torch.allclose(scores(), plain, atol=1e-4)
+    assert len(calls) == 2
