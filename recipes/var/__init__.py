@@ -14,12 +14,13 @@ from patchkit.recipe_base import Recipe
 from patchkit.recipes.var import models, pictures
 from patchkit.recipes.var.channels import Channels
 from patchkit.recipes.var.edit import Strength, edit, fused
+from patchkit.recipes.var.pictures import sink_map, sink_picture
 from patchkit.recipes.var.probing import Probe, probe
 from patchkit.recipes.var.sinks import KeyMap, Marks, classified, key_map
 from patchkit.registry import recipe
 from patchkit.sites import Site
 
-__all__ = ["Probe", "Var", "probe"]
+__all__ = ["Probe", "Var", "probe", "sink_map", "sink_picture"]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -57,7 +58,7 @@ class Var(Recipe):
             0.8 in general, 0.5 against hallucination, 0.9 for vision-centric tasks. Above 1 nothing is edited.
         recycle: share of the attention to sinks that is moved.
         min_visual: heads are edited if at least this much of their attention goes to visual tokens.
-        sink_dims: sink channels; None = those known of this model (see ``patchkit calibrate var``).
+        sink_dims: sink channels; None = those known of this model (``patchkit.recipes.var.probe`` finds them).
         require_visual_sink: leave a layer alone in which no visual token is a sink, as the released code does. Off:
             attention to text sinks, such as the first token, is moved there as well.
         track_generated: generated tokens can be sinks as well; off: only those of the prompt.
@@ -111,7 +112,9 @@ class Var(Recipe):
         """The model's own op, then the edit of its text rows."""
         channels: Channels = call.prepared.channels
         if channels.status == "candidate":
-            call.ledger.caution("unverified sink channels", f"{channels.source}; `patchkit calibrate var` checks them")
+            call.ledger.caution(
+                "unverified sink channels", f"{channels.source}; patchkit.recipes.var.probe checks them"
+            )
         keys = self._keys(call)
         if isinstance(keys, str):
             call.ledger.ran_dense(keys)
@@ -138,6 +141,7 @@ class Var(Recipe):
             keys = known.with_one_more(call.k.shape[2])
         else:
             keys = key_map(call, marks, self.require_visual_sink)
-            call.ledger.note(**pictures.counts(keys))
+            if call.q.shape[2] > 1:
+                call.ledger.note(**pictures.counts(keys))
         call.state["keys"] = keys
         return keys

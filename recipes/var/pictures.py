@@ -2,13 +2,98 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from patchkit.errors import InvalidOption
 from patchkit.kernels.redistribute import TEXT_SINK, VISUAL_SINK
-from patchkit.recipes.var.sinks import KeyMap
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from patchkit.recipes.var.sinks import KeyMap
+    from patchkit.report import Report
+
+CELL = 12  # pixels of an image token
 
 
 def counts(keys: KeyMap) -> dict[str, Any]:
-    """Sinks a sample, and which visual tokens they are (numbered among the visual tokens of their sample)."""
+    """Sinks a sample, and where the visual ones lie.
+
+    ``images`` maps a sample to the lengths of its runs of visual tokens, ``sinks`` to the numbers of those that are
+    sinks, counted over all its visual tokens.
+    """
     text, visual = (keys.classes == kind for kind in (TEXT_SINK, VISUAL_SINK))
-    return {"text_sinks": text.sum(1), "visual_sinks": visual.sum(1)}
+    seen = keys.visual.expand(len(keys.classes), -1)
+    where = {str(b): visual[b][seen[b]].nonzero()[:, 0].tolist() for b in range(len(seen))}
+    runs = {str(b): _runs(seen[b].nonzero()[:, 0]) for b in range(len(seen))}
+    return {"text_sinks": text.sum(1), "visual_sinks": visual.sum(1), "images": runs, "sinks": where}
+
+
+def _runs(places: Tensor) -> list[int]:
+    """Lengths of the runs of neighbouring numbers."""
+    if not len(places):
+        return []
+    ends = (places.diff() != 1).nonzero()[:, 0] + 1
+    edges = [0, *ends.tolist(), len(places)]
+    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def sink_map(report: Report, sample: int = 0, image: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
+    """How often each token of an image was a sink: the share of edited layers, (rows, columns) fp32.
+
+    Args:
+        report: ``patch.report()`` after a run with VAR.
+        sample: which of the batch.
+        image: which of its images: runs of visual tokens, so tiles with text between them count one by one.
+        grid: (rows, columns) of its tokens; None = a square. Of tokens that are left over (LLaVA-NeXT's tiles and
+            newlines), rows as long as the square root holds are made; places without a token are 0.
+
+    Raises:
+        InvalidOption: there is no such image, or the grid has not its number of tokens.
+    """
+    found = [
+        r["values"] for d in report["recipes"] if d["recipe"] == "var" for r in d["rows"] if "sinks" in r["values"]
+    ]
+    lengths = found[0]["images"].get(str(sample), []) if found else []
+    if not 0 <= image < len(lengths):
+        raise InvalidOption(
+            f"image {image} of sample {sample}: the report tells of {len(lengths)}",
+            "sink_map",
+            "run VAR on images first",
+        )
+    start, length = sum(lengths[:image]), lengths[image]
+    share = torch.zeros(length)
+    for values in found:
+        inside = [s - start for s in values["sinks"][str(sample)] if start <= s < start + length]
+        share[inside] += 1 / len(found)
+    if grid is None:
+        side = math.isqrt(length - 1) + 1
+        grid = (-(-length // side), side)
+        share = torch.nn.functional.pad(share, (0, grid[0] * grid[1] - length))
+    if grid[0] * grid[1] != len(share):
+        raise InvalidOption(f"a grid of {grid[0]} x {grid[1]} for {length} tokens", "sink_map", "give the right one")
+    return share.view(grid)
+
+
+def sink_picture(
+    report: Report, sample: int = 0, image: int = 0, grid: tuple[int, int] | None = None, under: Image | None = None
+) -> Image:
+    """:func:`sink_map` as a picture: the redder a token, the more layers it is a sink in.
+
+    Args:
+        report: as of :func:`sink_map`, like ``sample``, ``image`` and ``grid``.
+        under: the image itself, to lay the map over.
+    """
+    from PIL import Image as Images
+
+    share = sink_map(report, sample, image, grid)
+    rows, columns = share.shape
+    size = under.size if under is not None else (columns * CELL, rows * CELL)
+    plain = Images.new("RGB", size, (28, 28, 32)) if under is None else under.convert("RGB")
+    alpha = Images.fromarray((share * (230 if under is not None else 255)).round().to(torch.uint8).numpy(), "L")
+    red = Images.new("RGB", size, (235, 60, 40))
+    return Images.composite(red, plain, alpha.resize(size, Images.Resampling.NEAREST))

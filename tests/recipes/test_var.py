@@ -14,7 +14,7 @@ from torch import Tensor
 from var_oracle import Oracle, Planted, decoder_layers, image_mask
 
 import patchkit
-from patchkit.recipes.var import Var
+from patchkit.recipes.var import Var, sink_map, sink_picture
 
 MODELS = pytest.mark.parametrize("name", VLMS)
 DIMS = [3, 7]
@@ -235,3 +235,29 @@ def test_presets_and_options() -> None:
 def test_a_preset_by_name() -> None:
     with patchkit.apply(built("llava"), "var", preset="repo", sink_dims=DIMS) as patch:
         assert patch.recipes[0].options() == {"recycle": 0.4, "sink_dims": DIMS}
+
+
+def test_report_and_pictures_of_planted_sinks() -> None:
+    """The third patch of each picture is a sink; the map shows it there and nowhere else."""
+    from PIL import Image
+
+    entry, model = VLMS["llava"], VLMS["llava"].build(6)
+    image = image_mask(model, entry.inputs(model)["input_ids"])
+    with Planted(model, image & (image.cumsum(1) % 16 == 7), 5):
+        with patchkit.apply(model, "var", sink_dims=[5], tau=5.0) as patch:
+            forward(entry, model)
+            report = patch.report()
+    assert "visual_sinks" in str(report)
+    assert "selected_rate" in report.per_head()
+    for sample, number in ((0, 0), (0, 1), (1, 0)):
+        found = sink_map(report, sample, number)
+        assert found.shape == (4, 4)
+        assert torch.allclose(found.flatten(), torch.eye(16)[6])
+    assert sink_map(report, grid=(2, 8))[0, 6] == pytest.approx(1)
+    picture = sink_picture(report, 0, 1, under=Image.new("RGB", (40, 40), "white"))
+    assert picture.size == (40, 40)
+    assert picture.getpixel((25, 15)) != picture.getpixel((5, 5)) == (255, 255, 255)
+    assert sink_picture(report).size == (48, 48)
+    for wrong in ({"image": 2}, {"sample": 2}, {"grid": (3, 5)}):
+        with pytest.raises(patchkit.InvalidOption):
+            sink_map(report, **wrong)
