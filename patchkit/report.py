@@ -79,6 +79,8 @@ def _recipe(bound: Bound, left: dict[str, int]) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     for (component, name, branch, index), ledger in bound.ledgers.items():
         entry = ledger.to_dict()
+        if not any(entry.values()):  # of a block that was only looked at
+            continue
         site = sites.get((component, name))
         where = {"component": component, "site": name, "branch": branch, "index": index}
         if site is not None:

@@ -24,9 +24,14 @@ REFUSED = {
 }
 
 
+def model_of(target: Any) -> Any:
+    """The model of a transformers pipeline; anything else is one itself."""
+    return target if hasattr(target, "config") else target.model
+
+
 def check(target: Any, sites: list[Site], where: str) -> None:
     """Raise :class:`UnsupportedModel` if the method means nothing on this model."""
-    target = getattr(target, "model", target) if not hasattr(target, "config") else target
+    target = model_of(target)
     kinds = [str(getattr(c, "model_type", "")) for c in (target.config, *(s.module.config for s in sites[:1]))]
     for kind in kinds:
         if kind in REFUSED:
@@ -50,7 +55,7 @@ def channels(target: Any, sites: list[Site], given: list[int] | None, where: str
     """
     text: Any = sites[0].module.config
     if given is None:
-        return find(identity_of(target, text))
+        return find(identity_of(model_of(target), text))
     beyond = [d for d in given if not 0 <= d < text.hidden_size]
     if beyond:
         listed = ", ".join(map(str, beyond))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def _runs(places: Tensor) -> list[int]:
         return []
     ends = (places.diff() != 1).nonzero()[:, 0] + 1
     edges = [0, *ends.tolist(), len(places)]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 def sink_map(report: Report, sample: int = 0, image: int = 0, grid: tuple[int, int] | None = None) -> Tensor:

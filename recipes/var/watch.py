@@ -40,7 +40,7 @@ class Watcher(Recipe):
     def prepare(self, target: Any, sites: list[Site]) -> None:
         """Learn what the model is."""
         models.check(target, sites, "patchkit.recipes.var.probe")
-        object.__setattr__(self, "identity", identity_of(target, sites[0].module.config))
+        object.__setattr__(self, "identity", identity_of(models.model_of(target), sites[0].module.config))
         object.__setattr__(self, "numbers", sorted({site.layer for site in sites}))
 
     def begin(self) -> None:

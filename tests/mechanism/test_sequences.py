@@ -34,15 +34,15 @@ class Look(Recipe):
             object.__setattr__(self, name, [])
 
     def prepare(self, target: Any, sites: list[Any]) -> str:
-        return type(target).__name__
+        return "looked"
 
     def enter(self, call: BlockInput) -> None:
-        assert call.prepared.startswith("Ll")
+        assert call.prepared == "looked"
         call.shared["count"] = call.shared.get("count", 0) + 1
         self.entered.append((call.layer, call.past, tuple(call.hidden.shape)))
 
     def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
-        assert call.prepared.startswith("Ll")
+        assert call.prepared == "looked"
         told = [None if x is None else x.int().tolist() for x in (call.visual, call.real)]
         self.keys.append((*told, call.first, call.dropped, call.shared["count"]))
         return next(call)
@@ -85,7 +85,7 @@ def test_a_cache_that_is_cut_back() -> None:
     with patchkit.apply(model, look):
         out = model(**batch, pixel_values=entry.inputs(model)["pixel_values"][:2], use_cache=True)
         cache = out.past_key_values
-        cache.crop(10)
+        cache.crop(10 - cache.get_seq_length())
         model(input_ids=one_row(3), past_key_values=cache)
     assert look.keys[1][0] == [look.keys[0][0][0][:10] + [0] * 3]
     assert look.keys[1][2] == 10

@@ -243,10 +243,10 @@ def test_report_and_pictures_of_planted_sinks() -> None:
 
     entry, model = VLMS["llava"], VLMS["llava"].build(6)
     image = image_mask(model, entry.inputs(model)["input_ids"])
-    with Planted(model, image & (image.cumsum(1) % 16 == 7), 5):
-        with patchkit.apply(model, "var", sink_dims=[5], tau=5.0) as patch:
-            forward(entry, model)
-            report = patch.report()
+    planted = Planted(model, image & (image.cumsum(1) % 16 == 7), 5)
+    with planted, patchkit.apply(model, "var", sink_dims=[5], tau=5.0) as patch:
+        forward(entry, model)
+        report = patch.report()
     assert "visual_sinks" in str(report)
     assert "selected_rate" in report.per_head()
     for sample, number in ((0, 0), (0, 1), (1, 0)):
