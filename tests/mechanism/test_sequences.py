@@ -41,6 +41,9 @@ class Look(Recipe):
         call.shared["count"] = call.shared.get("count", 0) + 1
         self.entered.append((call.layer, call.past, tuple(call.hidden.shape)))
 
+    def accepts(self, site: Any) -> str | None:
+        return "sees pictures" if site.component == "vision" else None
+
     def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
         assert call.prepared == "looked"
         told = [None if x is None else x.int().tolist() for x in (call.visual, call.real)]
