@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 # Bytes per element -> the largest head size.
-LARGEST_D = {2: 256, 4: 128}
+LARGEST_D = {2: 256, 4: 64}  # fp32 of 128 spills
 MOST_ROWS = 64  # of a tile: 16 query heads a KV head with 4 classes
 
 
@@ -32,7 +32,7 @@ def rows_of(group: int, count: int) -> int:
 def tile_of(wide: int, size: int, rows: int) -> Tile:
     """By padded head size, bytes per element and rows. Chosen by the compile table, not by time (unmeasured)."""
     if size == 4:
-        return Tile(32 if wide <= 64 else 16, 4, 2)
+        return Tile(32, 4, 2)
     if wide > 128:
         return Tile(32, 4, 2)
     return Tile(64, 4, 3)
