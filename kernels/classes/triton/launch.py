@@ -11,7 +11,7 @@ from torch import Tensor
 from ...gpu import launching
 from ..parts import Accumulated
 from .decode import join_kernel, split_kernel
-from .table import LARGEST_D, MOST_ROWS, Tile, padded, precision, rows_of, tile_of
+from .table import LARGEST_D, Tile, most_rows, padded, precision, rows_of, tile_of
 
 WAVES = 2  # programs a multiprocessor
 SPLIT_KEYS = 256  # at least, so that joining costs little
@@ -50,7 +50,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, count: int) -> str | None:
         return f"no kernel for {q.dtype}"
     if q.shape[-1] > LARGEST_D[q.element_size()]:
         return f"head size {q.shape[-1]} in {q.dtype} needs more registers than there are"
-    if rows_of(q.shape[1] // k.shape[1], count) > MOST_ROWS:
+    if rows_of(q.shape[1] // k.shape[1], count) > most_rows(padded(q.shape[-1])):
         return f"{q.shape[1] // k.shape[1]} query heads a KV head"
     if 1 not in (q.stride(-1), q.shape[-1]) or k.stride(-1) != 1 or v.stride(-1) != 1:
         return "head vectors are not contiguous"

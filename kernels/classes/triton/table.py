@@ -8,7 +8,11 @@ import torch
 
 # Bytes per element -> the largest head size.
 LARGEST_D = {2: 256, 4: 64}  # fp32 of 128 spills
-MOST_ROWS = 64  # of a tile: 16 query heads a KV head with 4 classes
+
+
+def most_rows(wide: int) -> int:
+    """Rows of a tile that the registers hold beside a head of ``wide`` (padded); 32 are 8 query heads of 4 classes."""
+    return 32 if wide <= 128 else 16
 
 
 class Tile(NamedTuple):

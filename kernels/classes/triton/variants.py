@@ -24,7 +24,6 @@ def variants() -> list[Variant]:
         (128, brain, 7, False),
         (80, brain, 4, False),
         (256, brain, 2, True),
-        (256, half, 16, False),
         (64, single, 4, False),
     ]
     return [*(_split(*form) for form in forms), _join(128), _join(256)]
