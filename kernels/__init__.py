@@ -10,16 +10,16 @@ on torch only; triton is imported when a GPU call needs it.
 # In a script that is started in the checkout, ``kernels`` is this folder, and transformers imports that name to see
 # which version of the Hugging Face library it is. A second copy of the operators would replace the registered ones.
 if __name__ == "patchkit.kernels":
-    from .deadband import dead_band
     from .classes import class_attention
+    from .deadband import dead_band
     from .dense import dense_attention
     from .errors import GradientError, KernelTypeError, KernelValueError, LayoutError
     from .layout import BlockLayout, ElementRule
     from .mass import block_mass
     from .merge import merge_states
     from .packed import packed_attention
-    from .runs import Packed, find_runs, pack_runs
     from .redistribute import redistribute
+    from .runs import Packed, find_runs, pack_runs
     from .sparse import Path, block_sparse_attention, choose_path
     from .survey import Finding, paths, survey
     from .topk import row_topk
@@ -37,8 +37,8 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "choose_path",
-    "dead_band",
     "class_attention",
+    "dead_band",
     "dense_attention",
     "find_runs",
     "merge_states",

@@ -118,11 +118,10 @@ TITLES = {
     "gemma3": "Gemma 3",
     "gpt2": "GPT-2",
     "llava": "LLaVA",
-    "llava": "LLaVA 1.5 / NeXT / OneVision",
     "qwenvl": "Qwen2 / 2.5 / 3-VL",
     "internvl": "InternVL",
     "idefics3": "Idefics3 / SmolVLM",
-    "gemma3": "PaliGemma / Gemma 3",
+    "paligemma": "PaliGemma",
 }
 
 

@@ -78,7 +78,7 @@ class Var(Recipe):
     paper: ClassVar[str] = "See What You Are Told: Visual Attention Sink in Large Multimodal Models (arXiv 2503.03321)"
     kinds: ClassVar[tuple[str, ...]] = ("self",)
     families: ClassVar[tuple[str, ...]] = ("transformers",)
-    models: ClassVar[tuple[str, ...]] = ("llava", "qwenvl", "internvl", "idefics3", "gemma3")
+    models: ClassVar[tuple[str, ...]] = ("llava", "qwenvl", "internvl", "idefics3", "paligemma", "gemma3")
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"rho": 0.8, "recycle": 0.6},
         "repo": {"rho": 0.5, "recycle": 0.4},
