@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -132,8 +133,8 @@ def test_decoding_of_a_model_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     from tiny.vlms import VLMS
 
     import patchkit
-    from patchkit.recipes.var import edit
 
+    edit = importlib.import_module("patchkit.recipes.var.edit")
     entry = VLMS["llava"]
     model = entry.build()
     options = {"layers": "2", "sink_dims": [3, 7], "tau": 1.0, "min_visual": 0.1}
