@@ -9,6 +9,7 @@ need be). The plot of the loss needs the extra ``viz``.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -73,8 +74,9 @@ def train_flow(name: str, out: Path, model: Path, vae: Path, threads: int) -> No
     plot.main([str(out / "loss.png"), f"denoiser={out / 'denoiser' / 'log.jsonl'}"])
 
 
-FLOWS = {name: partial(train_flow, name) for name in flow_assemble.MODELS}
-MODELS = {"video": train_video, "image": train_image, **FLOWS, "vlm": train_vlm}
+Training = Callable[[Path, Path, Path, int], None]  # out, model, vae, threads
+FLOWS: dict[str, Training] = {name: partial(train_flow, name) for name in flow_assemble.MODELS}
+MODELS: dict[str, Training] = {"video": train_video, "image": train_image, **FLOWS, "vlm": train_vlm}
 
 
 def main() -> None:
