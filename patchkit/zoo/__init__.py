@@ -76,6 +76,12 @@ _ENTRIES = {
             "guidance_scale": 1.5,
         },
     ),
+    "vlm": _Entry(
+        folder="vlm",
+        pipeline="LlavaForConditionalGeneration",
+        about="questions about pictures of 64x64: colours, shapes, places and number of coloured shapes",
+        call={"image": "example.png", "prompt": "what is in the picture?", "max_new_tokens": 24},
+    ),
 }
 _CHATS = ("LlavaForConditionalGeneration",)  # a transformers model with a processor instead of a pipeline
 
