@@ -84,7 +84,7 @@ class Bench:
     def measure(self, where: str, heads: Heads = (), strength: float = 1.0, **more: Any) -> dict[str, Any]:
         """Score, rightness and seconds of every caption; ``where``: ``"hunting"`` or ``"unseen"``."""
         texts, first = (self.hunting, 0) if where == "hunting" else (self.unseen, 10_000)
-        key = json.dumps([where, sorted(heads), strength, sorted(more.items())])
+        key = json.dumps([where, len(texts), sorted(heads), strength, sorted(more.items())])
         if key in self.known:
             return self.known[key]
         scores, right, seconds = [], [], 0.0
@@ -240,7 +240,9 @@ def main() -> int:
     rows, against = experiment(bench)
     show(rows, against)
     if not args.dry:
-        shared = kept.conditions() | {n: getattr(args, n) for n in ("model", "steps", "hunt", "unseen", "scale")}
+        shared = kept.conditions() | {
+            n: getattr(args, n) for n in ("model", "steps", "hunt", "unseen", "scale", "top_k", "rounds")
+        }
         for row in rows + against:
             kept.append(kept.RESULTS / "headhunter.jsonl", shared | row)
         draw(rows, kept.ROOT / "docs" / "headhunter.png")

@@ -168,6 +168,7 @@ def test_shipped_presets_fit_the_models_they_are_for_and_no_others() -> None:
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
     import patchkit
+    from patchkit import zoo
 
     sd3 = {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536}
     later = {"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
@@ -175,13 +176,19 @@ def test_shipped_presets_fit_the_models_they_are_for_and_no_others() -> None:
         "sd3": on_meta(SD3Transformer2DModel, **sd3),
         "flux": on_meta(FluxTransformer2DModel, guidance_embeds=True),
         "sd35": on_meta(SD3Transformer2DModel, **sd3, **later),
+        "zoo": on_meta(SD3Transformer2DModel, **SD3Transformer2DModel.load_config(zoo.path("dit") / "transformer")),
     }
-    assert len(SHIPPED) == 14
+    assert len(SHIPPED) == 15
     for name in SHIPPED:
         mine = name.split("/")[0]
         plan = patchkit.plan(models[mine], SoftPAG(heads=name))
         assert plan.selections[0].matched
-    for name, other in (("sd3/darker", "flux"), ("sd3/darker", "sd35"), ("flux/green", "sd3")):
+    for name, other in (
+        ("zoo/dit-two-steps", "sd3"),
+        ("sd3/darker", "flux"),
+        ("sd3/darker", "sd35"),
+        ("flux/green", "sd3"),
+    ):
         with pytest.raises(InvalidOption, match="not for"):
             patchkit.plan(models[other], SoftPAG(heads=name))
     with pytest.raises(InvalidOption, match="scope='all'"):
