@@ -92,7 +92,7 @@ def enter_block(bound: Bound, call: BlockInput) -> None:
     """Show one recipe what enters a transformer block."""
     if bound.window.contains(call.step, call.total):
         key = (call.block.component, call.block.name, call.branch, 0)
-        ours = {"state": bound.state(key), "shared": bound.shared, "ledger": bound.ledger(key)}
+        ours: dict[str, Any] = {"state": bound.state(key), "shared": bound.shared, "ledger": bound.ledger(key)}
         bound.recipe.enter(dataclasses.replace(call, **ours, prepared=bound.prepared))
 
 

@@ -86,9 +86,9 @@ def redistribute_triton(
     mass = torch.empty((B, H, 1), dtype=torch.float32, device=q.device)
     with launching(q.device):
         redistribute_kernel[(B * H,)](
-            *(*made, allowed, out, selected, mass, H, H // k.shape[1], made.count, recycle, rho, least),
+            *(*made, allowed, out, selected, mass, H, H // k.shape[1], made.splits, recycle, rho, least),
             ROWS=made.rows,
-            S_PAD=1 << (made.count - 1).bit_length(),
+            S_PAD=1 << (made.splits - 1).bit_length(),
             D=D,
             D_PAD=padded(D),
             num_warps=4,

@@ -19,7 +19,7 @@ def find_runs_reference(
     begins = torch.zeros(B, H, N, dtype=torch.bool)
     for b in range(B):
         for h in range(H):
-            anchor = kf[b, h, 0] if N else None
+            anchor = kf[b, h, :1]  # set by the first row
             for n in range(N):
                 t, row = first + n, kf[b, h, n]
                 if n == 0 or t % chunk == 0 or t <= single or _far(row, anchor, metric, float(limit[b, h])):

@@ -30,11 +30,12 @@ def attend_at_once(
         mine = _rows(k, samples), _rows(v, samples)
         before = max(0, offset - start)
         if before:
-            past.extend(*(x[:, :, start:offset] for x in mine), room=k.shape[2] - offset)
+            past.extend(mine[0][:, :, start:offset], mine[1][:, :, start:offset], room=k.shape[2] - offset)
             past.prompt = k.shape[2] - start
         skip = max(0, start - offset)  # queries that are padding
-        fresh = (x[:, :, offset + skip :] for x in mine)
-        _put(out, samples, skip, past.attend(_rows(q, samples)[:, :, skip:], *fresh, rule, scale, keep=False))
+        keys, values = (x[:, :, offset + skip :] for x in mine)
+        asked = _rows(q, samples)[:, :, skip:]
+        _put(out, samples, skip, past.attend(asked, keys, values, rule, scale, keep=False))
         pasts.append(past)
     return out, pasts
 
@@ -56,7 +57,8 @@ def begin(starts: list[int], k: Tensor, v: Tensor, room: int) -> list[Past]:
     for start, samples in by_start(starts).items():
         past = Past.new(samples, start, k, v)
         if k.shape[2] > start:
-            past.extend(*(_rows(x, samples)[:, :, start:] for x in (k, v)), room=room)
+            keys, values = (_rows(x, samples)[:, :, start:] for x in (k, v))
+            past.extend(keys, values, room=room)
         pasts.append(past)
     return pasts
 
@@ -68,8 +70,8 @@ def attend_pasts(
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     for past in pasts:
         skip = max(0, past.start - seen)
-        mine = (_rows(x, past.samples)[:, :, skip:] for x in (q, k, v))
-        _put(out, past.samples, skip, past.attend(*mine, rule, scale))
+        asked, keys, values = (_rows(x, past.samples)[:, :, skip:] for x in (q, k, v))
+        _put(out, past.samples, skip, past.attend(asked, keys, values, rule, scale))
     return out
 
 

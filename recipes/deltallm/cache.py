@@ -89,7 +89,9 @@ class RunLayer(DynamicLayer):
     def start(self, starts: list[int], k: Tensor, v: Tensor) -> None:
         """From now on packed; what is there is taken in at the next call, ``k`` and ``v`` only say the sizes."""
         known = self.get_seq_length()
-        keys, values = (self.keys, self.values) if known else (k[:, :, :0], v[:, :, :0])
+        keys, values = k[:, :, :0], v[:, :, :0]
+        if known and self.keys is not None and self.values is not None:
+            keys, values = self.keys, self.values
         self.pasts, self.columns = begin(starts, keys, values, k.shape[2] + SPARE), known
         self.keys = self.values = None
 
@@ -148,7 +150,7 @@ class RunLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.pasts is None:
-            super().reorder_cache(beam_idx)
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # says LongTensor, which is no class of tensors
         elif beam_idx.tolist() != list(range(self._batch())):
             self._select(beam_idx.tolist())
 
@@ -188,10 +190,11 @@ def cache_of(call: DenoiseCall) -> tuple[DenoiseCall, Any]:
     cache = given.get("past_key_values")
     if cache is not None or ("past_key_values" in given and "past_key_values" not in call.kwargs):
         return call, cache
-    config = call.module.config.get_text_config(decoder=True)
+    whole: Any = call.module.config
+    config = whole.get_text_config(decoder=True)
     use = given.get("use_cache", given.get("kwargs", {}).get("use_cache"))
     use = config.use_cache if use is None else use
-    if not use or call.module.training or getattr(call.module.config, "is_encoder_decoder", False):
+    if not use or call.module.training or getattr(whole, "is_encoder_decoder", False):
         return call, None
     cache = DynamicCache(config=config)
     return call.replace(kwargs={**call.kwargs, "past_key_values": cache}), cache
@@ -209,7 +212,7 @@ def layers_of(cache: Any, sites: Iterable[Site], make: Any) -> dict[str, Any]:
         return {}
     found = {}
     for site in sites:
-        number = site.module.layer_idx
+        number: Any = site.module.layer_idx
         while cache.layer_class_to_replicate is not None and len(cache.layers) <= number:
             cache.layers.append(cache.layer_class_to_replicate())
         if number >= len(cache.layers):

@@ -145,7 +145,7 @@ def keys_of(model: Any, sequences: list[Tensor], recipe: DeltaLLM) -> list[list[
     import patchkit
 
     found: dict[Any, Any] = {}
-    inner = getattr(model, "model", model) if not isinstance(model, torch.nn.Module) else model
+    inner: Any = getattr(model, "model", model) if not isinstance(model, torch.nn.Module) else model
     watch = _Watch(
         found=found, accepted=recipe.accepts, layers=recipe.layers, targets=recipe.targets, exclude=recipe.exclude
     )

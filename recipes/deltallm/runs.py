@@ -10,6 +10,7 @@ from torch import Tensor
 from patchkit import kernels
 from patchkit.errors import PatchkitError
 from patchkit.kernels import Packed
+from patchkit.kernels.runs import Metric
 from patchkit.recipes.deltallm.windows import Border
 
 SPARE = 32  # tokens by which a packed past can be cropped without a trace, and rows that a buffer has to spare
@@ -28,7 +29,7 @@ class Rule:
     """
 
     theta: float
-    metric: kernels.Metric
+    metric: Metric
     sink: int
     mean_keys: bool
     border: Border
@@ -72,8 +73,8 @@ class Past:
     @classmethod
     def new(cls, samples: list[int], start: int, k: Tensor, v: Tensor) -> Past:
         """Nothing yet; ``k`` and ``v`` only say what sizes there will be."""
-        empty = [x.new_empty(len(samples), x.shape[1], 0, x.shape[3]) for x in (k, v)]
-        return cls(samples, start, *empty)
+        keys, values = (x.new_empty(len(samples), x.shape[1], 0, x.shape[3]) for x in (k, v))
+        return cls(samples, start, keys, values)
 
     @property
     def tail(self) -> tuple[Tensor, Tensor]:
@@ -242,5 +243,5 @@ def _pairs(x: Tensor) -> list[tuple[int, int]]:
 
 
 def _no_runs(k: Tensor, v: Tensor) -> Packed:
-    empty = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (k, v))
-    return Packed(*empty, torch.empty(*k.shape[:2], 0, dtype=torch.int32, device=k.device))
+    keys, values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (k, v))
+    return Packed(keys, values, torch.empty(*k.shape[:2], 0, dtype=torch.int32, device=k.device))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import ClassifierFreeGuidance
 from diffusers.configuration_utils import register_to_config
+from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
 from patchkit import api
@@ -64,7 +64,7 @@ class SoftPAGGuidance(ClassifierFreeGuidance):
             stop=stop,
             enabled=enabled,
         )
-        given = heads if isinstance(heads, str) else [tuple(head) for head in heads]
+        given: Any = heads if isinstance(heads, str) else [tuple(head) for head in heads]
         self._recipe = _Apart(heads=given, strength=strength, scale=scale, scope=scope, target=target)
         self._window = (perturbed_start, perturbed_stop)
         self._patch: Patch | None = None

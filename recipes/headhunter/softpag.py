@@ -69,7 +69,7 @@ class SoftPAG(Recipe):
     )
     uses_heads: ClassVar[bool] = True
 
-    preset: ClassVar[presets.Preset | None]
+    named: ClassVar[presets.Preset | None]  # the preset that `heads` names
     pairs: ClassVar[tuple[tuple[int, int], ...]]  # the heads, by (layer, head)
 
     # --- options ----------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class SoftPAG(Recipe):
             )
         preset = presets.load(self.heads) if isinstance(self.heads, str) else None
         # beside the options, which stay as they were given
-        object.__setattr__(self, "preset", preset)
+        object.__setattr__(self, "named", preset)
         object.__setattr__(self, "pairs", tuple(sorted(set(preset.heads if preset else self.heads))))
         if self.layers is not None:
             raise InvalidOption(
@@ -114,14 +114,14 @@ class SoftPAG(Recipe):
         """The first attention of a block that has one of the heads; others (SD3.5's ``attn2``) if ``targets`` ask."""
         if site.order > 0 and self.targets is None:
             return "not the first attention of its block (name it in targets)"
-        if self.preset is None and self.pairs and all(layer != site.layer for layer, _ in self.pairs):
+        if self.named is None and self.pairs and all(layer != site.layer for layer, _ in self.pairs):
             return "none of the heads is in this layer"
         return None
 
     def prepare(self, target: Any, sites: list[Site]) -> None:
         """Every head must be there, and a preset must be of this model."""
-        if self.preset is not None:
-            self.preset.check(self.scope, self.target, presets.model_of(target, sites))
+        if self.named is not None:
+            self.named.check(self.scope, self.target, presets.model_of(target, sites))
         for layer, head in self.pairs:
             found = [site for site in sites if site.layer == layer]
             if not found or any(head >= site.heads > 0 for site in found):

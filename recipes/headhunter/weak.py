@@ -93,8 +93,10 @@ def _device(call: DenoiseCall) -> torch.device:
 def _own_cache(call: DenoiseCall) -> contextlib.AbstractContextManager[Any]:
     """Step caches keep their state by the name of the pass."""
     name = getattr(call.module, "cache_context", None)
-    cached = callable(name) and call.shared["hooked", call.component]
-    return name(WEAK) if cached else contextlib.nullcontext()
+    if callable(name) and call.shared["hooked", call.component]:
+        context: contextlib.AbstractContextManager[Any] = name(WEAK)
+        return context
+    return contextlib.nullcontext()
 
 
 def shared_prefix(recipe: SoftPAG, call: BlockCall, next: Callable[[BlockCall], Any]) -> Any:

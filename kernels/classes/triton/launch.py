@@ -32,7 +32,7 @@ class Splits(NamedTuple):
     values: Tensor
 
     @property
-    def count(self) -> int:
+    def splits(self) -> int:
         """How many splits."""
         return self.top.shape[2]
 
@@ -114,10 +114,10 @@ def class_attention_triton(
     values = q.new_empty((B, H, 1, count, D), dtype=torch.float32)
     with launching(q.device):
         join_kernel[(B * H, count)](
-            *(*made, top, sums, values, H, H // k.shape[1], made.count),
+            *(*made, top, sums, values, H, H // k.shape[1], made.splits),
             C=count,
             ROWS=made.rows,
-            S_PAD=1 << (made.count - 1).bit_length(),
+            S_PAD=1 << (made.splits - 1).bit_length(),
             D=D,
             D_PAD=padded(D),
             num_warps=4,
