@@ -43,7 +43,9 @@ def _known() -> list[tuple[str, Any]]:
 
 
 def _examples(name: str, shipped: dict[str, str]) -> list[str]:
-    return [n for n in shipped if n == name or n.startswith((f"{name}-", f"{name}_"))]
+    """Those of a recipe; the one of its own name, which can be run as it is, comes first."""
+    found = [n for n in shipped if n == name or n.startswith((f"{name}-", f"{name}_"))]
+    return sorted(found, key=lambda n: (n != name, n))
 
 
 def _runnable(row: dict[str, Any]) -> str:

@@ -63,6 +63,13 @@ def test_list(cli):
     assert "`adaspa`: computes" in cli("list", "--markdown").stdout
 
 
+def test_the_example_of_a_recipes_own_name_is_the_one_to_run(cli):
+    rows = json.loads(cli("list", "--json").stdout)
+    for row in rows:
+        assert not row["examples"] or row["examples"][0] == row["name"]
+    assert any(len(row["examples"]) > 1 for row in rows)
+
+
 def test_info(cli):
     result = cli("info", "adaspa")
     assert result.exit_code == 0, result.output
