@@ -26,7 +26,10 @@ def class_attention_blocked(
     B, H, n, D = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     rows = (q.float() * scale).reshape(B, kv_heads, -1, D)
-    s = (rows @ k.float().transpose(-1, -2)).view(B, H, n, keys)
+    if rows.shape[2] == 1:  # a matrix times a vector: much faster in this order on a CPU
+        s = (k.float() @ rows.transpose(-1, -2)).view(B, H, n, keys)
+    else:
+        s = (rows @ k.float().transpose(-1, -2)).view(B, H, n, keys)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     members = (classes[..., None] == torch.arange(count, device=classes.device)).float()  # (B | 1, M, C)

@@ -43,6 +43,14 @@ class Parts(abc.ABC):
     def outputs(self, *unions: tuple[int, ...]) -> tuple[Tensor, ...]:
         """(B, H, q_len, D) fp32 for each union of classes: attention renormalised inside it; 0 where it is empty."""
 
+    @abc.abstractmethod
+    def mixed(self, coefficients: Tensor) -> Tensor:
+        """(B, H, q_len, D) fp32: the sum over keys of coefficient x exp(logit - top) x value.
+
+        Args:
+            coefficients: (B, H, q_len, classes) fp32, one for all keys of a class. One pass over the values.
+        """
+
     def output(self, *classes: int) -> Tensor:
         """(B, H, q_len, D) fp32: attention renormalised inside the union of some classes; 0 where it is empty."""
         return self.outputs(classes)[0]
@@ -72,6 +80,12 @@ class Weighted(Parts):
         tiny = torch.finfo(torch.float32).tiny
         return tuple(made[:, :, i] / self.sum(*u).clamp_min(tiny)[..., None] for i, u in enumerate(unions))
 
+    def mixed(self, coefficients: Tensor) -> Tensor:
+        """With the weights of all keys scaled class by class."""
+        B, H, n, keys = self._weights.shape
+        scaled = self._weights * (coefficients @ self._members.transpose(-1, -2)[:, None])
+        return (scaled.view(B, self._v.shape[1], -1, keys) @ self._v).view(B, H, n, -1)
+
 
 class Accumulated(Parts):
     """Parts whose outputs have been computed class by class.
@@ -87,3 +101,7 @@ class Accumulated(Parts):
         """Sums of what is there."""
         tiny = torch.finfo(torch.float32).tiny
         return tuple(self._values[:, :, :, list(u)].sum(3) / self.sum(*u).clamp_min(tiny)[..., None] for u in unions)
+
+    def mixed(self, coefficients: Tensor) -> Tensor:
+        """Sums of what is there."""
+        return (self._values * coefficients[..., None]).sum(3)

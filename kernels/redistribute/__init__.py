@@ -95,8 +95,11 @@ def redistribute(
     moved = torch.where(selected, recycle * parts.share(TEXT_SINK, VISUAL_SINK), 0.0)
     if selected.device.type == "cpu" and not bool(selected.any()):  # a GPU would have to be waited for
         return Moved(out, selected, moved)
-    target, sink = parts.outputs((TARGET,), (TEXT_SINK, VISUAL_SINK))
-    edited = (out.float() + moved[..., None] * (target - sink)).to(out.dtype)
+    # moved * (o_N - o_S), in one pass over the values
+    tiny = torch.finfo(torch.float32).tiny
+    gained = moved / parts.sum(TARGET).clamp_min(tiny)
+    lost = -moved / parts.sum(TEXT_SINK, VISUAL_SINK).clamp_min(tiny)
+    edited = (out.float() + parts.mixed(torch.stack((torch.zeros_like(lost), lost, lost, gained), -1))).to(out.dtype)
     return Moved(torch.where(selected[..., None], edited, out), selected, moved)
 
 

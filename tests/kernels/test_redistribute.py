@@ -71,6 +71,8 @@ def test_classes_against_the_formula(qkv, close, H, Hkv, N, M, D, extra) -> None
     joined = (lses[..., [1, 3]] - both[..., None]).exp().nan_to_num(0.0)
     close(parts.output(1, 3), (outs[:, :, :, [1, 3]] * joined[..., None]).sum(3))
     assert torch.allclose(parts.share(0, 1, 2, 3), torch.ones(2, H, N), atol=1e-6)
+    some = torch.randn(2, H, N, 4, generator=torch.Generator().manual_seed(2))
+    close(parts.mixed(some), (outs * (parts.sums * some)[..., None]).sum(3), 1e-5)
 
 
 def test_all_classes_together_are_dense_attention(qkv, close) -> None:

@@ -50,6 +50,9 @@ def test_parts(qkv, close, B, H, Hkv, M, D, dtype, extra) -> None:
     parts = class_attention(q, k, v, classes, 4, **extra)
     assert type(parts).__name__ == "Accumulated"
     outs, lses = class_attention_reference(q, k, v, classes, 4, **extra)
+    signs = torch.tensor([1.0, -2.0, 0.5, 1.0]).expand(*parts.sums.shape)
+    wanted = (outs * (parts.sums * signs)[..., None]).sum(3)
+    close(parts.mixed(signs), wanted, 1e-5 if dtype == torch.float32 else 5e-3)
     for number in range(4):
         close(parts.output(number), outs[:, :, :, number], 2e-6 if dtype == torch.float32 else 2e-3)
         lse = parts.lse(number)
