@@ -49,8 +49,11 @@ def tiny() -> VisionLanguage:
 
 
 @contextlib.contextmanager
-def planted(model: Any, every: int, channel: int, size: float = 60.0) -> Iterator[None]:
-    """A spike on the first token of each prompt and on every so many-th image token; 0 = none."""
+def planted(model: Any, every: int, channel: int, size: float = 24.0) -> Iterator[None]:
+    """A spike on the first token of each prompt and on every so many-th image token; 0 = none.
+
+    ``size`` is in RMS of the token's other channels: a fixed number may be small beside what the model carries.
+    """
     now: dict[str, Any] = {}
 
     def ids(module: Any, args: Any, kwargs: Any) -> None:
@@ -60,7 +63,8 @@ def planted(model: Any, every: int, channel: int, size: float = 60.0) -> Iterato
         hidden, image = args[0].clone(), now["ids"] == model.config.image_token_id
         if hidden.shape[1] > 1:
             first = now["ids"] == model.config.get_text_config().bos_token_id
-            hidden[..., channel] += size * (first | (image & (image.cumsum(1) % every == 0)))
+            spiked = first | (image & (image.cumsum(1) % every == 0))
+            hidden[..., channel] += size * hidden.square().mean(-1).sqrt() * spiked
         return (hidden, *args[1:])
 
     if not every:
