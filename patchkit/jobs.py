@@ -62,6 +62,9 @@ class JobCall:
         device: where the target computes.
         say: tells what is being done, one line each.
         progress: tells how far it is; call it often, it is shown now and then.
+        encode: of a language model: ``encode(prompt, pictures)`` is what the model is called with to read a prompt,
+            after pictures if it reads such; else None.
+        reads_pictures: whether it does.
         where: place of a field of the section (or of nothing: of the section) in the file, for messages.
     """
 
@@ -75,6 +78,8 @@ class JobCall:
     device: str
     say: Callable[[str], None]
     progress: Callable[[JobProgress], None]
+    encode: Callable[..., Any] | None = None
+    reads_pictures: bool = False
     where: Callable[..., str] = lambda *path: ".".join(path)
 
 

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import torch
+from tiny.vlms import VLMS
 from torch import Tensor
 
 NAME = "var_oracle"
@@ -169,3 +170,53 @@ class Oracle:
                     self.rows.append((a, out[b, h, i], sink[b], target[b]))
         self.selected[layer] = selected
         return out
+
+
+def attentive(channel: int) -> Any:
+    """A LLaVA whose keys grow with one channel of the hidden state and whose queries like that."""
+    model = VLMS["llava"].build()
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            attention = layer.self_attn
+            # rotary embedding leaves the slowest pair of each head nearly alone; queries get it from every channel
+            attention.k_proj.weight.mul_(0.2)
+            for head in range(2):
+                attention.k_proj.weight[head * 8 + 3, channel] = 2.0
+            for head in range(4):
+                attention.q_proj.weight[head * 8 + 3] = 0.0
+                attention.q_proj.weight[head * 8 + 3, channel + 1] = 3.0
+            for part in (layer.mlp.down_proj, attention.o_proj):
+                part.weight.mul_(0.2)
+    return model
+
+
+class Sinks:
+    """Plants sinks by what a prompt holds: the first token, and every eighth patch."""
+
+    def __init__(self, model: Any, *, images: bool = True, text: bool = True, even: float = 0.0) -> None:
+        self.model, self.images, self.text, self.even = model, images, text, even
+
+    def __enter__(self) -> None:
+        self.planted = Planted(self.model, torch.zeros(1, 1, dtype=torch.bool), 5, size=60.0)
+        self.handle = self.model.register_forward_pre_hook(self._hook, with_kwargs=True)
+        layer = self.model.model.language_model.layers[0]
+        self.likes = layer.register_forward_pre_hook(self._likes, with_kwargs=True)
+
+    def _hook(self, module: Any, args: Any, kwargs: Any) -> None:
+        ids = kwargs["input_ids"]
+        image = image_mask(module, ids)
+        where = image & (image.cumsum(1) % 8 == 3) & self.images
+        where[:, 0] |= self.text
+        self.planted.where = where
+        self.image = image
+
+    def _likes(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """All tokens look for sinks, and half of them lie between the modes if that is asked for."""
+        hidden = args[0].clone()
+        hidden[..., 6] += 3.0
+        hidden[:, ::2, 5] += self.even
+        return (hidden, *args[1:]), kwargs
+
+    def __exit__(self, *_: object) -> None:
+        for handle in (self.planted.handle, self.handle, self.likes):
+            handle.remove()

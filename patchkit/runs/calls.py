@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,43 +172,47 @@ def _call_text(loaded: Loaded, inputs: dict[str, Any], seed: int, label: str, ba
 
     prompts = inputs.pop("prompt")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    encode, decode = _chat(loaded, inputs) if loaded.kind == "chat" else (loaded.tokenizer, loaded.tokenizer.decode)
+    pictures = _pictures(loaded, inputs)
+    decode = (loaded.processor if loaded.kind == "chat" else loaded.tokenizer).decode
     options = {n: v for n, v in inputs.items() if n not in OWN_INPUTS}
     options.setdefault("max_new_tokens", 64)
     options.setdefault("do_sample", False)
     torch.manual_seed(seed)
     texts = []
     for prompt in prompts:
-        encoded = encode(prompt, return_tensors="pt").to(loaded.target.device)
+        given = encoded(loaded, prompt, pictures)
         counter = _TokenBar(options["max_new_tokens"], label, bars)
         try:
             with torch.no_grad():
-                tokens = loaded.target.generate(**encoded, **options, streamer=counter)
+                tokens = loaded.target.generate(**given, **options, streamer=counter)
         finally:
             counter.end()
-        texts.append(decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+        texts.append(decode(tokens[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
     return "text", texts
 
 
-def _chat(loaded: Loaded, inputs: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What turns a prompt and the input ``image``, which it takes out, into a chat model's input; and ``decode``.
+def _pictures(loaded: Loaded, inputs: dict[str, Any]) -> list[Any]:
+    """What a chat model is shown: the input ``image``, which is taken out, one or a list of them."""
+    given = inputs.pop("image", None) if loaded.kind == "chat" else None
+    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+
+
+def encoded(loaded: Loaded, prompt: str, pictures: Sequence[Any] = ()) -> Any:
+    """What a language model is called with to read a prompt, after ``pictures`` if it is a chat model.
 
     A prompt that places the pictures itself (``<image>`` with LLaVA) is taken as it is, any other one becomes the
     words of a user who shows the pictures first.
     """
+    if loaded.kind == "text":
+        return loaded.tokenizer(prompt, return_tensors="pt").to(loaded.target.device)
     processor = loaded.processor
-    given = inputs.pop("image", None)
-    pictures = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     marks = {getattr(holder, "image_token", None) for holder in (processor, getattr(processor, "tokenizer", None))}
-
-    def encode(prompt: str, **options: Any) -> Any:
-        if not any(mark and mark in prompt for mark in marks):
-            content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
-            prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        found = processor(text=prompt, images=pictures or None, **options)
-        return found.to(dtype=loaded.target.dtype)  # the pictures alone: token ids stay whole numbers
-
-    return encode, processor.decode
+    if not any(mark and mark in prompt for mark in marks):
+        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    found = processor(text=prompt, images=list(pictures) or None, return_tensors="pt")
+    # the pictures alone take the model's type: token ids stay whole numbers
+    return found.to(dtype=loaded.target.dtype).to(loaded.target.device)
 
 
 class _TokenBar:

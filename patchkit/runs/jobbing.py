@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from patchkit import jobs
 from patchkit.jobs import JobCall, JobProgress, JobResult
 from patchkit.recipe_files import sections
 from patchkit.recipe_files.files import RecipeFile
-from patchkit.runs import loading
+from patchkit.runs import calls, loading
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def run(
         device=loaded.device,
         say=say,
         progress=progress,
+        encode=None if loaded.kind == "pipeline" else functools.partial(calls.encoded, loaded),
+        reads_pictures=loaded.kind == "chat",
         where=lambda *path: file.where(*known.path, *path),
     )
     return job.run(call)

@@ -89,7 +89,8 @@ def find(identity: Identity, path: Path | None = None) -> Channels:
     raise UnsupportedModel(
         f"the sink channels of {identity} are not known",
         "recipe 'var', option 'sink_dims'",
-        "find them once: run patchkit.recipes.var.probe(model, inputs_list).save(), or give sink_dims=[...] yourself",
+        "find them once: run patchkit.recipes.var.probe(model, inputs_list).save() or `patchkit calibrate var FILE`, "
+        "or give sink_dims=[...] yourself",
     )
 
 

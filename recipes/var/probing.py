@@ -7,7 +7,7 @@ always one. So its hidden state tells the channels, and images tell whether visu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ def probe(
     tau: float = 20.0,
     layers: str | int | list[int] | None = "2:-1",
     least: int = PROMPTS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Probe:
     """Find the sink channels of a vision-language model by looking at it read prompts.
 
@@ -119,6 +120,7 @@ def probe(
         tau: threshold on |x| / RMS(x).
         layers: which layers are looked at.
         least: how many prompts it takes to accept.
+        progress: is told how many calls are done, of how many.
 
     Raises:
         InvalidOption: there are no prompts.
@@ -127,7 +129,8 @@ def probe(
     if not inputs_list:
         raise InvalidOption("there are no prompts", "patchkit.recipes.var.probe", f"give {PROMPTS}, half with images")
     first = FirstTokens(layers=layers)
-    _read(model, inputs_list, first)
+    calls = 2 * len(inputs_list)
+    _read(model, inputs_list, first, lambda done: progress(done, calls))
     if not first.rows:
         raise InvalidOption(
             "the prompts do not tell where the images are", "patchkit.recipes.var.probe", "give input_ids"
@@ -140,7 +143,7 @@ def probe(
     evidence = Evidence(len(first.rows), first.images, first.numbers, medians)
     if candidates:
         judging = Judging(layers=layers, dims=tuple(candidates), tau=tau)
-        _read(model, inputs_list, judging)
+        _read(model, inputs_list, judging, lambda done: progress(calls // 2 + done, calls))
         evidence = _weighed(evidence, judging)
     reasons = _reasons(evidence, candidates, tau, least)
     return Probe([] if reasons else candidates, candidates, reasons, evidence, first.identity, tau)
@@ -183,9 +186,10 @@ def _weighed(seen: Evidence, judging: Judging) -> Evidence:
 
 
 @torch.no_grad()
-def _read(model: Any, inputs_list: Sequence[dict[str, Any]], watcher: Watcher) -> None:
+def _read(model: Any, inputs_list: Sequence[dict[str, Any]], watcher: Watcher, progress: Callable[[int], None]) -> None:
     with patchkit.apply(model, watcher):
-        for inputs in inputs_list:
+        for done, inputs in enumerate(inputs_list, 1):
             watcher.begin()
             model(**inputs, use_cache=False)
             watcher.end()
+            progress(done)

@@ -11,7 +11,7 @@ import torch
 from tiny import MODELS, forward
 from tiny.vlms import VLMS
 from torch import Tensor
-from var_oracle import Planted, image_mask
+from var_oracle import Sinks, attentive
 
 import patchkit
 from patchkit.recipes.var import Var, channels, probe
@@ -113,24 +113,6 @@ def test_candidates_are_used_with_a_caution(monkeypatch: pytest.MonkeyPatch) -> 
 # --- the probe ------------------------------------------------------------------------------------------------------
 
 
-def attentive(channel: int) -> Any:
-    """A LLaVA whose keys grow with one channel of the hidden state and whose queries like that."""
-    model = VLMS["llava"].build()
-    with torch.no_grad():
-        for layer in model.model.language_model.layers:
-            attention = layer.self_attn
-            # rotary embedding leaves the slowest pair of each head nearly alone; queries get it from every channel
-            attention.k_proj.weight.mul_(0.2)
-            for head in range(2):
-                attention.k_proj.weight[head * 8 + 3, channel] = 2.0
-            for head in range(4):
-                attention.q_proj.weight[head * 8 + 3] = 0.0
-                attention.q_proj.weight[head * 8 + 3, channel + 1] = 3.0
-            for part in (layer.mlp.down_proj, attention.o_proj):
-                part.weight.mul_(0.2)
-    return model
-
-
 def prompts(count: int, images: int) -> list[dict[str, Tensor]]:
     found = []
     for seed in range(count):
@@ -142,38 +124,6 @@ def prompts(count: int, images: int) -> list[dict[str, Tensor]]:
             row["pixel_values"] = torch.randn(1, 3, 32, 32, generator=generator)
         found.append(row)
     return found
-
-
-class Sinks:
-    """Plants sinks by what a prompt holds: the first token, and every eighth patch."""
-
-    def __init__(self, model: Any, *, images: bool = True, text: bool = True, even: float = 0.0) -> None:
-        self.model, self.images, self.text, self.even = model, images, text, even
-
-    def __enter__(self) -> None:
-        self.planted = Planted(self.model, torch.zeros(1, 1, dtype=torch.bool), 5, size=60.0)
-        self.handle = self.model.register_forward_pre_hook(self._hook, with_kwargs=True)
-        layer = self.model.model.language_model.layers[0]
-        self.likes = layer.register_forward_pre_hook(self._likes, with_kwargs=True)
-
-    def _hook(self, module: Any, args: Any, kwargs: Any) -> None:
-        ids = kwargs["input_ids"]
-        image = image_mask(module, ids)
-        where = image & (image.cumsum(1) % 8 == 3) & self.images
-        where[:, 0] |= self.text
-        self.planted.where = where
-        self.image = image
-
-    def _likes(self, module: Any, args: Any, kwargs: Any) -> Any:
-        """All tokens look for sinks, and half of them lie between the modes if that is asked for."""
-        hidden = args[0].clone()
-        hidden[..., 6] += 3.0
-        hidden[:, ::2, 5] += self.even
-        return (hidden, *args[1:]), kwargs
-
-    def __exit__(self, *_: object) -> None:
-        for handle in (self.planted.handle, self.handle, self.likes):
-            handle.remove()
 
 
 def test_the_probe_finds_planted_channels_and_files_them() -> None:
