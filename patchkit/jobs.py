@@ -52,7 +52,7 @@ class JobCall:
     """What a job is called with; everything in it has been checked.
 
     Attributes:
-        target: the loaded pipeline or model, unpatched.
+        target: the loaded pipeline or model, unpatched; None while the request is only checked.
         tokenizer: of a language model, else None.
         model: how the recipe file names the model.
         recipes: those of the recipe file.
@@ -115,11 +115,14 @@ class Job:
         help: what it does, for ``patchkit VERB --help``.
         options: pydantic model of the section; forbid unknown fields in it (``extra="forbid"``).
         run: does it. Raise :class:`PatchkitError` for what cannot be done.
+        check: refuses what can be known to be wrong before the model is loaded: it gets the same call without target,
+            tokenizer and ``encode``.
     """
 
     help: str
     options: type[BaseModel]
     run: Callable[[JobCall], JobResult]
+    check: Callable[[JobCall], None] = lambda call: None
 
 
 @dataclass(frozen=True)

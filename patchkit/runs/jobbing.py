@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -47,21 +48,29 @@ def run(
     if cls is not None:
         extra = {name for recipe in file.recipes for name in recipe.arguments}
         loading.check_inputs(cls, dict(file.inputs), extra, lambda name: file.where("inputs", name))
-    say(f"loading {file.model.id}")
-    loaded = loading.load(file.model, quiet=not bars)
     call = JobCall(
-        target=loaded.target,
-        tokenizer=loaded.tokenizer,
+        target=None,
+        tokenizer=None,
         model=file.model.id,
         recipes=file.recipes,
-        inputs={**(loaded.defaults or {}), **file.inputs},
+        inputs=dict(file.inputs),
         options=options if options is not None else job.options(),
         output=file.output.path if file.output is not None else None,
-        device=loaded.device,
+        device=file.model.device or loading.default_device(),
         say=say,
         progress=progress,
+        where=lambda *path: file.where(*known.path, *path),
+    )
+    job.check(call)
+    say(f"loading {file.model.id}")
+    loaded = loading.load(file.model, quiet=not bars)
+    call = dataclasses.replace(
+        call,
+        target=loaded.target,
+        tokenizer=loaded.tokenizer,
+        inputs={**(loaded.defaults or {}), **file.inputs},
+        device=loaded.device,
         encode=None if loaded.kind == "pipeline" else functools.partial(calls.encoded, loaded),
         reads_pictures=loaded.kind == "chat",
-        where=lambda *path: file.where(*known.path, *path),
     )
     return job.run(call)

@@ -33,20 +33,17 @@ class Options(BaseModel):
     max_tokens: Annotated[int, Field(ge=2)] = Field(default=2048, description="of each text")
 
 
+def check(call: JobCall) -> None:
+    """Refuse wrong recipes, texts and outputs before the model is loaded."""
+    _recipe(call)
+    _texts(call)
+
+
 def run(call: JobCall) -> JobResult:
     """Calibrate, and write a recipe file."""
     options: Options = call.options
-    (recipe, *others) = call.recipes
-    if others or not isinstance(recipe, DeltaLLM):
-        raise InvalidOption(
-            "a calibration takes the recipe deltallm alone", "field 'recipes'", "write `recipes: [deltallm: {...}]`"
-        )
-    if call.output is None or call.output.suffix not in (".yaml", ".yml"):
-        raise InvalidOption(
-            "the thresholds go into a recipe file",
-            "field 'output'",
-            "add `output: out/deltallm.yaml`, or give --output",
-        )
+    recipe = _recipe(call)
+    assert call.output is not None
     texts = _texts(call)
     setting = {name: value for name, value in recipe.options().items() if name != "theta"}
     call.say(f"reading {len(texts)} text{'s' if len(texts) > 1 else ''} with the unpatched model")
@@ -68,6 +65,21 @@ def run(call: JobCall) -> JobResult:
     rows = [(str(i), f"{theta:g}") for i, theta in enumerate(found["theta"]) if theta]
     notes = (f"use them: patchkit.apply(model, {str(written)!r}), or add `model:` and `inputs:` and run the file",)
     return JobResult({"recipe": written}, {"options": found}, table(("layer", "theta"), rows, indent=""), notes)
+
+
+def _recipe(call: JobCall) -> DeltaLLM:
+    (recipe, *others) = call.recipes
+    if others or not isinstance(recipe, DeltaLLM):
+        raise InvalidOption(
+            "a calibration takes the recipe deltallm alone", "field 'recipes'", "write `recipes: [deltallm: {...}]`"
+        )
+    if call.output is None or call.output.suffix not in (".yaml", ".yml"):
+        raise InvalidOption(
+            "the thresholds go into a recipe file",
+            "field 'output'",
+            "add `output: out/deltallm.yaml`, or give --output",
+        )
+    return recipe
 
 
 def _texts(call: JobCall) -> list[str]:
@@ -94,4 +106,5 @@ JOB = Job(
     "which each layer reaches the same sparsity. (DeltaLLM, arXiv 2507.19608.)",
     Options,
     run,
+    check,
 )

@@ -43,16 +43,21 @@ class Options(BaseModel):
     about: str = Field(default="", description="what the heads are good for, in words")
 
 
+def check(call: JobCall) -> None:
+    """Refuse wrong recipes, prompts and outputs before the model is loaded."""
+    _recipe(call)
+    _output(call)
+    if call.options.prompts is not None:
+        _prompts(call)
+
+
 def run(call: JobCall) -> JobResult:
     """Hunt, and write the preset."""
     options: Options = call.options
     recipe = _recipe(call)
-    if call.output is None or call.output.suffix != ".json":
-        raise InvalidOption(
-            "the heads need a file to be written to", "field 'output'", "add `output: out/heads.json`, or give --output"
-        )
+    output = _output(call)
     prompts = _prompts(call)
-    store = Path(options.store) if options.store else call.output.with_suffix(".hunt.json")
+    store = Path(options.store) if options.store else output.with_suffix(".hunt.json")
     inputs = {n: v for n, v in call.inputs.items() if n not in ("prompt", "seed", "fps")}
 
     def tell(progress: Progress) -> None:
@@ -77,7 +82,7 @@ def run(call: JobCall) -> JobResult:
         progress=tell,
         **inputs,
     )
-    written = {"preset": found.save_preset(call.output, options.about), "scores": store}
+    written = {"preset": found.save_preset(output, options.about), "scores": store}
     if options.name:
         written["named preset"] = found.save_preset(options.name, options.about)
     return JobResult(written, _data(found), _text(found), _notes(options, written))
@@ -95,6 +100,14 @@ def _recipe(call: JobCall) -> SoftPAG:
     if recipe.steps is not None or recipe.targets is not None or recipe.exclude is not None:
         raise InvalidOption("a hunt covers all steps and modules", "field 'recipes'", "leave steps and targets out")
     return recipe
+
+
+def _output(call: JobCall) -> Path:
+    if call.output is None or call.output.suffix != ".json":
+        raise InvalidOption(
+            "the heads need a file to be written to", "field 'output'", "add `output: out/heads.json`, or give --output"
+        )
+    return call.output
 
 
 def _prompts(call: JobCall) -> list[str]:
@@ -139,4 +152,5 @@ JOB = Job(
     "command goes on where it was. (HeadHunter, arXiv 2506.10978.)",
     Options,
     run,
+    check,
 )

@@ -54,6 +54,12 @@ class Options(BaseModel):
     max_images: Annotated[int, Field(ge=PROMPTS // 2)] = Field(default=16, description="of the folder")
 
 
+def check(call: JobCall) -> None:
+    """Refuse wrong files and recipes before the model is loaded."""
+    _recipe(call)
+    _files(call)
+
+
 def run(call: JobCall) -> JobResult:
     """Probe, file the channels in the user's registry, and write a recipe file if one is asked for."""
     options: Options = call.options
@@ -143,11 +149,13 @@ def _evidence(found: Probe) -> str:
         for channel in order
     ]
     head = ("channel", "largest |x| / RMS", f"layers (of {len(seen.layers)}) from {found.tau:g} on", "candidate")
-    ratio = "none" if seen.attention_ratio is None else f"{seen.attention_ratio:.1f}"
+    if not found.candidates:
+        return table(head, rows, indent="")
+    ratio = "unknown" if seen.attention_ratio is None else f"{seen.attention_ratio:.1f}"
     figures = (
         f"first token a sink in {seen.first_fires:.0%} of prompts and layers; "
         f"{seen.far_below:.0%} of tokens far below, {seen.between:.1%} between; "
-        f"{seen.visual_sinks:.1f} visual sinks a picture and layer, attention {ratio} times that of a visual token"
+        f"{seen.visual_sinks:.1f} visual sinks a picture and layer, with {ratio} times the attention of a visual token"
     )
     return f"{table(head, rows, indent='')}\n{figures}"
 
@@ -159,4 +167,5 @@ JOB = Job(
     "found is filed for this user, so that the recipe var works on this model from then on. (VAR, arXiv 2503.03321.)",
     Options,
     run,
+    check,
 )

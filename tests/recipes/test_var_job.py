@@ -122,6 +122,12 @@ def test_wrong_requests(run: Any) -> None:
     assert not channels.user_file().exists()
 
 
+def test_wrong_files_are_refused_before_the_model_is_loaded(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("loaded"))
+    result, _ = run("--set", "calibrate.var.images=nowhere")
+    assert (result.exit_code, "there is no folder nowhere" in result.stderr) == (2, True)
+
+
 def test_models_that_read_no_pictures(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     text = loading.Loaded(VLMS["llava"].build(), "text", tokenizer=object())
     monkeypatch.setattr(loading, "load", lambda spec, quiet=False: text)
