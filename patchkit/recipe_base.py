@@ -13,6 +13,8 @@ from patchkit.errors import InvalidOption, nearest
 from patchkit.selection import Indices, StepWindow
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from patchkit.context import AttentionCall, BlockCall, BlockInput, DenoiseCall, RunCall
     from patchkit.sites import Site
 
@@ -128,6 +130,15 @@ class Recipe:
 
     def figures(self, totals: Mapping[str, Any]) -> dict[str, float]:
         """Figures for the report that follow from ``counts``, ``seconds`` and ``means`` of all calls together."""
+        return {}
+
+    @classmethod
+    def pictures(cls, account: Mapping[str, Any]) -> dict[str, Image]:
+        """Pictures of what the recipe did, title -> picture, few and small.
+
+        Made from its entry in the report, so that they can be made from a report that was kept; a recipe notes what
+        they need with ``call.ledger.note``. Empty where there is nothing to draw.
+        """
         return {}
 
     def head_numbers(self, where: str = "heads") -> Indices:

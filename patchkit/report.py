@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from patchkit.bound import Bound
 from patchkit.drift import drift
 from patchkit.installation import Installation
 from patchkit.text import table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from patchkit.recipe_base import Recipe
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,7 @@ class Report:
     """Read it with :meth:`to_dict`, or print it: ``str`` gives a row a layer, :meth:`per_head` one a head."""
 
     data: dict[str, Any]
+    kinds: Mapping[str, type[Recipe]] = field(default_factory=dict, repr=False, compare=False)  # those it tells of
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
@@ -43,6 +50,15 @@ class Report:
         """What a reader must not miss, a sentence each."""
         return [f"{recipe['recipe']}: {text}" for recipe in self.data["recipes"] for text in recipe["cautions"]]
 
+    def pictures(self) -> dict[str, Image]:
+        """Pictures of what recipes did, ``"recipe, title"`` -> picture; most recipes draw none."""
+        found: dict[str, Image] = {}
+        for account in self.data["recipes"]:
+            kind = self.kinds.get(account["recipe"])
+            for title, picture in (kind.pictures(account) if kind is not None else {}).items():
+                found[f"{account['recipe']}, {title}"] = picture
+        return found
+
     def __str__(self) -> str:
         lines = [f"patch on {self.data['target']}" + ("" if self.data["enabled"] else " (disabled)")]
         lines += [f"NOTE: {text}" for text in self.cautions()]
@@ -62,7 +78,8 @@ def make_report(installation: Installation, bounds: list[Bound], left: list[dict
             "recipes": [_recipe(b, reasons) for b, reasons in zip(bounds, left, strict=True)],
             "foreign": installation.adapter.foreign(),
             "drift": drift(installation),
-        }
+        },
+        {b.recipe.name: type(b.recipe) for b in bounds},
     )
 
 

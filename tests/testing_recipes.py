@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
@@ -39,6 +40,12 @@ class Dimming(Recipe):
         call.ledger.count("dimmed")
         call.ledger.note(density=self.density, recall=0.9)
         return next(call) * self.density
+
+    @classmethod
+    def pictures(cls, account: Mapping[str, Any]) -> dict[str, Image.Image]:
+        if account["options"]["label"] != "draws":
+            return {}
+        return {"what is <left>": Image.new("L", (4, 4), round(255 * account["means"]["density"]))}
 
 
 @recipe("slow")

@@ -88,7 +88,8 @@ def _figure(row: Row, variants: Sequence[str], result: Result, reference: Result
     name = escape(row["variant"], quote=True)
     return (
         f'<figure class="{colour(number)}" data-variant="{number}"{" data-wrong" if _wrong(row) else ""}>'
-        f"{_content(row, result, reference, name)}<figcaption><b>{name}</b>{_verdict(row)}{_figures(row)}</figcaption>"
+        f"{_content(row, result, reference, name)}{_drawn(row)}"
+        f"<figcaption><b>{name}</b>{_verdict(row)}{_figures(row)}</figcaption>"
         "</figure>"
     )
 
@@ -106,6 +107,15 @@ def _content(row: Row, result: Result, reference: Result | None, name: str) -> s
     source = pictures.difference(result.pixels, reference.pixels)
     drawn = f'<img class="difference{small}" alt="difference of {name} to dense" src="{source}">'
     return f'<div class="pair">{shown}{drawn}</div>'
+
+
+def _drawn(row: Row) -> str:
+    """What recipes draw of what they did, each under its title."""
+    return "".join(
+        f'<p class="soft">{escape(title)}</p><img class="drawn" alt="{escape(title, quote=True)}" src="{source}">'
+        for title, source in row.get("drawn", {}).items()
+        if source.startswith("data:image/png;base64,")
+    )
 
 
 def _verdict(row: Row) -> str:

@@ -37,6 +37,13 @@ def difference(clip: Tensor, reference: Tensor) -> str:
     return _encoded(_images(gray)[0].convert("L"), "png", optimize=True)
 
 
+def still(picture: Any) -> str:
+    """A picture that is drawn, not measured."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((LARGE, LARGE))
+    return _encoded(picture, "png", optimize=True)
+
+
 def _images(clip: Tensor) -> list[Any]:
     from PIL import Image
 

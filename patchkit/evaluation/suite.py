@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from patchkit.evaluation import keys, learned, measures, reporting
+from patchkit.evaluation import keys, learned, measures, pictures, reporting
 from patchkit.evaluation.cases import Case
 from patchkit.evaluation.counting import counting, peak_memory
 from patchkit.evaluation.learned import Learned
@@ -229,6 +229,7 @@ class _Runner:
             "memory_means": memory.meaning,
             "density": measure.densities(report.to_dict()) if report is not None else None,
             "cautions": report.cautions() if report is not None else [],
+            "drawn": {t: pictures.still(p) for t, p in (report.pictures() if report is not None else {}).items()},
             **self.circumstances,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }

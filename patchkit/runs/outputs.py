@@ -10,6 +10,7 @@ For ``output: out/circle.mp4`` a comparison with dense writes, beside each other
 
 For a folder, ``output: out/circle/``, the names are ``patched.mp4``, ``dense.mp4``, ``side-by-side.mp4``,
 ``frames.png`` and ``metrics.json``. Several results of one call are numbered: ``circle-0.png``, ``circle-1.png``.
+Recipes that draw what they did add pictures: ``circle.patched.RECIPE-TITLE.png``, in a folder without ``circle``.
 """
 
 from __future__ import annotations

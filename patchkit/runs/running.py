@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patchkit.errors import Conflict, InvalidOption
 from patchkit.recipe_base import Recipe
@@ -16,6 +16,9 @@ from patchkit.runs import calls, loading, measure, outputs
 from patchkit.runs.calls import Produced
 from patchkit.runs.loading import Loaded
 from patchkit.runs.writing import write
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +149,7 @@ def run(job: Job, *, say: Say = logger.info, bars: bool = True) -> RunResult:
     inputs = complete_inputs(job, loaded)
     check_plan(job, loaded)
     measured = carry_out(job, loaded, inputs, say=say, bars=bars)
-    files = write(job, measured.produced, measured.metrics, inputs, measured.notes)
+    files = write(job, measured, inputs)
     return RunResult(files, measured.metrics, measured.texts, measured.notes)
 
 
@@ -164,13 +167,14 @@ class Measured:
     metrics: dict[str, Any]
     texts: dict[str, str]
     notes: list[str]
+    pictures: dict[str, Image] = field(default_factory=dict)  # "variant.recipe, title" -> what the recipe draws
 
 
 def carry_out(job: Job, loaded: Loaded, inputs: Mapping[str, Any], *, say: Say, bars: bool) -> Measured:
     """Call every variant with the same inputs and compare what they make; after a warm-up if there are several."""
     notes = list(job.notes)
     warm = warm_up(job, loaded, inputs, say, bars, notes) if len(job.variants) > 1 else None
-    produced, reports, texts = {}, {}, {}
+    produced, reports, texts, pictures = {}, {}, {}, {}
     for variant in job.variants:
         say(
             f"running {variant.label}" + (f" ({', '.join(r.name for r in variant.recipes)})" if variant.recipes else "")
@@ -181,11 +185,12 @@ def carry_out(job: Job, loaded: Loaded, inputs: Mapping[str, Any], *, say: Say, 
             if patch is not None:
                 report = patch.report()
                 reports[variant.label], texts[variant.label] = report.to_dict(), str(report)
+                pictures |= {f"{variant.label}.{title}": picture for title, picture in report.pictures().items()}
                 notes += [f"{variant.label}, {caution}" for caution in report.cautions()]
     metrics = _metrics(job, loaded, inputs, produced, reports)
     if warm is not None:
         metrics["warm_up"] = warm
-    return Measured(produced, metrics, texts, notes)
+    return Measured(produced, metrics, texts, notes, pictures)
 
 
 def plan(file: RecipeFile, *, say: Say = logger.info, bars: bool = True) -> Any:

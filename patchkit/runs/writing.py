@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +15,18 @@ from patchkit.runs.calls import Produced
 from patchkit.runs.outputs import METRICS, Names, staging
 
 if TYPE_CHECKING:
-    from patchkit.runs.running import Job
+    from patchkit.runs.running import Job, Measured
 
 FPS = 8  # diffusers' own default
 
 
-def write(
-    job: Job,
-    produced: Mapping[str, Produced],
-    metrics: dict[str, Any],
-    inputs: Mapping[str, Any],
-    notes: list[str],
-) -> dict[str, Path]:
-    """Write all files of a run, and say in ``notes`` which were there before. Returns label -> (first) file."""
+def write(job: Job, measured: Measured, inputs: Mapping[str, Any]) -> dict[str, Path]:
+    """Write all files of a run, and say in its notes which were there before. Returns label -> (first) file.
+
+    What recipes draw is written where there is more than one file anyway: in comparisons, and into folders.
+    """
     assert job.file.output is not None
+    produced, metrics, notes = measured.produced, measured.metrics, measured.notes
     names = Names(job.file.output)
     fps = int(inputs.get("fps") or inputs.get("frame_rate") or FPS)
     files: dict[str, str] = {}
@@ -42,6 +41,8 @@ def write(
             suffix = names.suffix(made.kind)
             for i, item in enumerate(made.items if suffix != ".json" else ()):
                 put(label, suffix, item, i if len(made.items) > 1 else None)
+        for title, picture in measured.pictures.items() if len(produced) > 1 or names.output.folder else ():
+            put(_file_name(title), ".png", picture)
         if len(produced) > 1:
             _together(produced, names, put)
             files["metrics"] = METRICS
@@ -59,6 +60,11 @@ def write(
         if other:
             notes.append(f"the {METRICS} that was replaced told of {other}; a folder for each comparison keeps both")
     return {label: done[name] for label, name in files.items()}
+
+
+def _file_name(title: str) -> str:
+    """``patched.var, sinks of image 1`` -> ``patched.var-sinks-of-image-1``."""
+    return re.sub(r"[^\w.]+", "-", title).strip("-")
 
 
 def _other_run(metrics: Path, files: Mapping[str, str]) -> str | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 from torch import Tensor
@@ -19,6 +19,9 @@ from patchkit.recipes.var.probing import Probe, probe
 from patchkit.recipes.var.sinks import KeyMap, Marks, classified, key_map
 from patchkit.registry import recipe
 from patchkit.sites import Site
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Probe", "Var", "probe", "sink_map", "sink_picture"]
 
@@ -93,6 +96,11 @@ class Var(Recipe):
         where = f"recipe {self.name!r} on {type(target).__name__}"
         models.check(target, sites, where)
         return Prepared(models.channels(target, sites, self.sink_dims, where))
+
+    @classmethod
+    def pictures(cls, account: Mapping[str, Any]) -> dict[str, Image]:
+        """Where the sinks lie in each image; see :func:`sink_picture`."""
+        return pictures.all_pictures(account)
 
     # --- while the model runs ---------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from patchkit.report import Report
 
 CELL = 12  # pixels of an image token
+PICTURES = 6  # at most, of one report
 
 
 def counts(keys: KeyMap) -> dict[str, Any]:
@@ -56,9 +58,16 @@ def sink_map(report: Report, sample: int = 0, image: int = 0, grid: tuple[int, i
     Raises:
         InvalidOption: there is no such image, or the grid has not its number of tokens.
     """
-    found = [
-        r["values"] for d in report["recipes"] if d["recipe"] == "var" for r in d["rows"] if "sinks" in r["values"]
-    ]
+    found = [values for account in report["recipes"] if account["recipe"] == "var" for values in _noted(account)]
+    return _map(found, sample, image, grid)
+
+
+def _noted(account: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What :func:`counts` found at each edited layer."""
+    return [row["values"] for row in account["rows"] if "sinks" in row["values"]]
+
+
+def _map(found: list[Mapping[str, Any]], sample: int, image: int, grid: tuple[int, int] | None) -> Tensor:
     lengths = found[0]["images"].get(str(sample), []) if found else []
     if not 0 <= image < len(lengths):
         raise InvalidOption(
@@ -89,9 +98,23 @@ def sink_picture(
         report: as of :func:`sink_map`, like ``sample``, ``image`` and ``grid``.
         under: the image itself, to lay the map over.
     """
+    return _drawn(sink_map(report, sample, image, grid), under)
+
+
+def all_pictures(account: Mapping[str, Any]) -> dict[str, Image]:
+    """A sink map of each image of each sample, the first few of them."""
+    found = _noted(account)
+    places = [(int(b), n) for b, runs in (found[0]["images"] if found else {}).items() for n in range(len(runs))]
+    several = len({b for b, _ in places}) > 1
+    return {
+        f"sinks of image {n + 1}" + (f", sample {b + 1}" if several else ""): _drawn(_map(found, b, n, None))
+        for b, n in places[:PICTURES]
+    }
+
+
+def _drawn(share: Tensor, under: Image | None = None) -> Image:
     from PIL import Image as Images
 
-    share = sink_map(report, sample, image, grid)
     rows, columns = share.shape
     size = under.size if under is not None else (columns * CELL, rows * CELL)
     plain = Images.new("RGB", size, (28, 28, 32)) if under is None else under.convert("RGB")

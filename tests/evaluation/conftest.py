@@ -18,7 +18,7 @@ PROMPTS = ("a cat", 'a "dog" <script>alert(1)</script> & more')
 FILE = """\
 version: 1
 model: {model}
-recipes: [{{dimming: {{density: {density}}}}}]
+recipes: [{{dimming: {{density: {density}, label: draws}}}}]
 inputs: {{num_inference_steps: 1, height: 32, width: 32}}
 output: {output}/
 """

@@ -82,8 +82,10 @@ def test_every_sample_is_there(page):
     assert len(page.all("section", **{"class": "case"})) == 2
     assert len(page.all("div", **{"class": "row"})) == 4
     assert len(page.all("figure")) == 12
-    assert len(page.all("img")) == 12 + 8  # results, and differences to dense
-    assert len({a["alt"] for a in page.all("img")}) == 6 + 2
+    assert len(page.all("img")) == 12 + 8 + 8  # results, differences to dense, and what the recipe draws
+    assert len({a["alt"] for a in page.all("img")}) == 6 + 2 + 1
+    drawn = page.all("img", **{"class": "drawn", "alt": "dimming, what is <left>"})
+    assert {picture(a["src"]).getpixel((0, 0)) for a in drawn} == {(128,) * 3, (230,) * 3}
     options = page.all("option")
     assert [o["value"] for o in options] == ["", "0", "1"]
     assert len(page.all("button")) == 3  # without a detector nothing can be wrong

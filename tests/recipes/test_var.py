@@ -258,6 +258,9 @@ def test_report_and_pictures_of_planted_sinks() -> None:
     assert picture.size == (40, 40)
     assert picture.getpixel((25, 15)) != picture.getpixel((5, 5)) == (255, 255, 255)
     assert sink_picture(report).size == (48, 48)
+    drawn = report.pictures()
+    assert list(drawn) == [f"var, sinks of image {i}, sample {b}" for b, i in ((1, 1), (1, 2), (2, 1))]
+    assert drawn["var, sinks of image 1, sample 2"].tobytes() == sink_picture(report, 1, 0).tobytes()
     for wrong in ({"image": 2}, {"sample": 2}, {"grid": (3, 5)}):
         with pytest.raises(patchkit.InvalidOption):
             sink_map(report, **wrong)

@@ -101,6 +101,19 @@ def test_the_run_is_what_apply_and_the_pipeline_give(picture_folder, here):
     assert shown.tobytes() == image.tobytes()
 
 
+def test_what_recipes_draw_is_written_where_there_are_several_files(text_folder, here):
+    inputs, draws = "prompt: hello, max_new_tokens: 2", "[dimming: {density: 0.5, label: draws}]"
+    run(file_of(text_folder, "output: a.txt", recipes=draws, inputs=inputs))
+    assert written(here) == ["a.txt"]
+    run(file_of(text_folder, "output: a.txt\ncompare: dense", recipes=draws, inputs=inputs))
+    name = "patched.dimming-what-is-left.png"
+    assert written(here) == ["a.dense.txt", f"a.{name}", "a.txt", "metrics.json"]
+    assert Image.open(f"a.{name}").getpixel((0, 0)) == (128, 128, 128)
+    result, _ = run(file_of(text_folder, "output: b/", recipes=draws, inputs=inputs))
+    assert written(here / "b") == [name, "patched.txt"]
+    assert result.files["patched.dimming, what is <left>"] == Path("b") / name
+
+
 def test_a_text_model(text_folder, here):
     inputs = "prompt: hello, max_new_tokens: 5"
     result, _ = run(file_of(text_folder, "output: a.txt\ncompare: dense", inputs=inputs))
