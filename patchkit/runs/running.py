@@ -174,7 +174,8 @@ def carry_out(job: Job, loaded: Loaded, inputs: Mapping[str, Any], *, say: Say, 
     """Call every variant with the same inputs and compare what they make; after a warm-up if there are several."""
     notes = list(job.notes)
     warm = warm_up(job, loaded, inputs, say, bars, notes) if len(job.variants) > 1 else None
-    produced, reports, texts, pictures = {}, {}, {}, {}
+    produced, reports, texts = {}, {}, {}
+    pictures: dict[str, Image] = {}
     for variant in job.variants:
         say(
             f"running {variant.label}" + (f" ({', '.join(r.name for r in variant.recipes)})" if variant.recipes else "")

@@ -111,7 +111,7 @@ def test_what_recipes_draw_is_written_where_there_are_several_files(text_folder,
     assert Image.open(f"a.{name}").getpixel((0, 0)) == (128, 128, 128)
     result, _ = run(file_of(text_folder, "output: b/", recipes=draws, inputs=inputs))
     assert written(here / "b") == [name, "patched.txt"]
-    assert result.files["patched.dimming, what is <left>"] == Path("b") / name
+    assert result.files["patched.dimming-what-is-left"] == Path("b") / name
 
 
 def test_a_text_model(text_folder, here):
