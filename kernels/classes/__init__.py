@@ -61,7 +61,7 @@ def class_attention(
         KernelValueError: shapes or numbers that do not fit.
         KernelTypeError: dtypes that do not fit.
     """
-    _check(q, k, v, classes, count, boost)
+    check(q, k, v, classes, count, boost)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is None and boost is None and triton_obstacle(q, k, v, count) is None:
         from .triton.launch import class_attention_triton
@@ -83,7 +83,8 @@ def triton_obstacle(q: Tensor, k: Tensor, v: Tensor, count: int) -> str | None:
     return found
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, classes: Tensor, count: int, boost: Sequence[float] | None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, classes: Tensor, count: int, boost: Sequence[float] | None = None) -> None:
+    """Refuse what :func:`class_attention` and what is built on it cannot take."""
     if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise value_error(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}", WHERE, "Expected (B, H, N, D), k like v."

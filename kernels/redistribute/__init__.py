@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..classes import HIDDEN, class_attention, triton_obstacle
+from ..classes import HIDDEN, check, class_attention, triton_obstacle
 from ..errors import value_error
+from .blocked import redistribute_decode_blocked
 from .reference import CLASSES, OTHER, TARGET, TEXT_SINK, VISUAL_SINK
 
 __all__ = [
@@ -104,10 +105,14 @@ def redistribute(
 
 
 def decode_obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
-    """Why :func:`redistribute_decode` cannot take a call; None if it can."""
+    """Why :func:`redistribute_decode` cannot take a call, or would lose by it; None if it is worth it."""
     if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1)):
         return "a mask that does not only say which keys are hidden"
-    return triton_obstacle(q, k, v, CLASSES)
+    if q.dim() != 4 or q.shape[2] != 1:
+        return "several queries"
+    found = triton_obstacle(q, k, v, CLASSES)
+    # plain torch does it as fast as torch's own attention on a CPU in fp32 (its 16-bit products are slow there)
+    return None if found is not None and q.device.type == "cpu" and q.dtype == torch.float32 else found
 
 
 def redistribute_decode(
@@ -124,19 +129,19 @@ def redistribute_decode(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Moved:
-    """Attention of one query a head with redistribution, in one pass over keys and values (Triton).
+    """Attention of one query a head with redistribution, in one pass over keys and values.
 
     Arguments as those of :func:`redistribute`, with q (B, H, 1, D), mask (B or 1, 1, 1, kv_len) bool, allowed (B or 1,
     1) bool. It computes the dense output itself: rows that are not edited agree with the dense kernel's to rounding.
 
     Raises:
-        KernelValueError: :func:`decode_obstacle` says why.
+        KernelValueError: shapes that do not fit, or :func:`decode_obstacle` says why.
+        KernelTypeError: dtypes that do not fit.
     """
+    check(q, k, v, classes, CLASSES)
     obstacle = decode_obstacle(q, k, v, mask)
     if obstacle is not None:
         raise value_error(obstacle, "redistribute_decode", "Use redistribute with a dense output.")
-    from .triton import redistribute_triton
-
     if mask is not None:
         classes = torch.where(mask[:, 0, 0], classes, HIDDEN)
     off = rho > 1 or recycle == 0
@@ -144,4 +149,9 @@ def redistribute_decode(
     inside = (torch.zeros_like(inside) if off else inside).expand(q.shape[0]).contiguous()
     low, share = least * (1 - ROUNDING), rho * (1 - ROUNDING)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Moved(*redistribute_triton(q, k, v, classes, inside, recycle, share, low, scale, softcap))
+    if triton_obstacle(q, k, v, CLASSES) is None:
+        from .triton import redistribute_triton
+
+        return Moved(*redistribute_triton(q, k, v, classes, inside, recycle, share, low, scale, softcap))
+    with torch.autocast(q.device.type, enabled=False):
+        return Moved(*redistribute_decode_blocked(q, k, v, classes, inside, recycle, share, low, scale, softcap))

@@ -58,7 +58,8 @@ def edit(call: AttentionCall, out: Tensor, keys: KeyMap, strength: Strength) -> 
 def fused(call: AttentionCall, keys: KeyMap, strength: Strength) -> Tensor | None:
     """Dense attention of a decoded token and the edit in one pass over the cache; None where that is not to be had.
 
-    Only on a GPU with a long cache. Rows that are not edited then agree with the model's own op to rounding.
+    Only with a long cache, on a GPU or in fp32 on a CPU. Rows that are not edited then agree with the model's own op
+    to rounding.
     """
     if call.q.shape[2] != 1 or call.k.shape[2] < FUSED_KEYS:
         return None

@@ -12,7 +12,14 @@ from torch import Tensor
 from patchkit.kernels import KernelTypeError, KernelValueError, class_attention, redistribute
 from patchkit.kernels.classes import HIDDEN
 from patchkit.kernels.classes.reference import class_attention_reference
-from patchkit.kernels.redistribute import OTHER, TARGET, TEXT_SINK, VISUAL_SINK
+from patchkit.kernels.redistribute import (
+    OTHER,
+    TARGET,
+    TEXT_SINK,
+    VISUAL_SINK,
+    decode_obstacle,
+    redistribute_decode,
+)
 from patchkit.kernels.redistribute.reference import redistribute_map, redistribute_reference
 
 GATES: dict[str, Any] = {"recycle": 0.6, "rho": 0.5, "least": 0.2}
@@ -245,3 +252,58 @@ def test_bad_input_is_refused(qkv, change, error, told) -> None:
     given = {"q": q, "k": k, "v": v, "classes": kinds(1, 20), "count": 4} | change
     with pytest.raises(error, match=told):
         class_attention(**given)
+
+
+# --- one pass over keys and values, for a decoded token ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("H", "Hkv", "M", "D"), [(2, 2, 63, 64), (4, 1, 200, 80), (6, 2, 1000, 16)])
+@pytest.mark.parametrize("extra", [{}, {"scale": 0.3}, {"softcap": 2.0}], ids=["plain", "scale", "softcap"])
+def test_decoding_against_the_formula(qkv, close, H, Hkv, M, D, extra) -> None:
+    q, k, v = qkv(2, H, Hkv, 1, M, D)
+    q, k = q * 3, k.transpose(1, 2).contiguous().transpose(1, 2)
+    classes, allowed = kinds(2, M), torch.tensor([[True], [False]])
+    seen = torch.ones(2, 1, 1, M, dtype=torch.bool)
+    seen[0, ..., :20] = False
+    for rows in (None, allowed):
+        moved = redistribute_decode(q, k, v, classes, allowed=rows, mask=seen, **GATES, **extra)
+        wanted, selected = redistribute_reference(q, k, v, classes, allowed=rows, mask=seen, **GATES, **extra)
+        assert selected.any()
+        assert torch.equal(moved.selected, selected)
+        close(moved.out, wanted, 2e-6)
+        two_passes = redistribute(dense(q, k, v, seen), q, k, v, classes, allowed=rows, mask=seen, **GATES)
+        assert extra or torch.allclose(moved.mass, two_passes.mass, atol=1e-6)
+    close(redistribute_decode(q, k, v, classes, recycle=0.0, rho=0.5, least=0.2).out, dense(q, k, v), 2e-6)
+
+
+def test_decoding_reads_nothing_of_hidden_keys_and_a_row_that_sees_none_is_0(qkv, close) -> None:
+    q, k, v = qkv(2, 2, 1, 1, 40, 32)
+    classes = kinds(2, 40)
+    classes[0, 30:] = HIDDEN
+    classes[1] = HIDDEN
+    wanted = redistribute_reference(q, k, v, classes, **GATES)[0]
+    k[0, :, 30:], v[0, :, 30:] = float("nan"), float("nan")
+    moved = redistribute_decode(q, k, v, classes, **GATES)
+    close(moved.out[:1], wanted[:1], 2e-6)
+    assert not moved.out[1].any()
+
+
+def test_decoding_on_the_border_is_inside() -> None:
+    classes = torch.tensor([[2] + [3] + [0] * 8], dtype=torch.uint8)
+    q, k, v = torch.ones(1, 2, 1, 16), torch.zeros(1, 1, 10, 16), torch.randn(1, 1, 10, 16)
+    assert redistribute_decode(q, k, v, classes, recycle=0.5, rho=0.5, least=0.2).selected.all()
+    assert not redistribute_decode(q, k, v, classes, recycle=0.5, rho=0.5, least=0.201).selected.any()
+
+
+def test_what_decoding_in_one_pass_refuses(qkv) -> None:
+    q, k, v = qkv(1, 2, 1, 1, 20, 16)
+    classes = kinds(1, 20)
+    assert decode_obstacle(q, k, v) is None
+    assert "a mask that" in (decode_obstacle(q, k, v, torch.ones(1, 2, 1, 20, dtype=torch.bool)) or "")
+    with pytest.raises(KernelValueError, match="several queries"):
+        redistribute_decode(q.expand(1, 2, 3, 16), k, v, classes, **GATES)
+    with pytest.raises(KernelValueError, match="classes"):
+        redistribute_decode(q, k, v, classes[:, :9], **GATES)
+    with pytest.raises(KernelTypeError):
+        redistribute_decode(q, k, v, classes.int(), **GATES)
+    assert decode_obstacle(q.half(), k.half(), v.half()) is not None, "torch's own is faster there"

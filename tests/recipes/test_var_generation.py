@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from typing import Any
 
 import pytest
@@ -62,6 +63,18 @@ def test_ways_to_generate(name: str, kind: str) -> None:
             assert torch.equal(got, tokens)
             assert error(scores, wanted) < 1e-5
         assert not dense(patch)
+
+
+@SOME
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_decoding_in_one_pass(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a cache that is long enough for it."""
+    edit = importlib.import_module("patchkit.recipes.var.edit")
+    passes, once = [], edit.redistribute_decode
+    monkeypatch.setattr(edit, "FUSED_KEYS", 1)
+    monkeypatch.setattr(edit, "redistribute_decode", lambda *a, **k: passes.append(1) or once(*a, **k))
+    test_ways_to_generate(name, kind)
+    assert passes
 
 
 def test_another_prompt_in_between_changes_nothing() -> None:

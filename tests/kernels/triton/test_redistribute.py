@@ -114,11 +114,18 @@ def test_on_the_border_is_inside() -> None:
     assert not redistribute_decode(q, k, v, classes, recycle=0.5, rho=0.5, least=0.201).selected.any()
 
 
+def halves(heads: int) -> dict[str, Tensor]:
+    return {n: torch.zeros(1, h, m, 16).half() for n, h, m in (("q", heads, 1), ("k", 1, 20), ("v", 1, 20))}
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         ({"q": torch.zeros(1, 2, 3, 16)}, "several queries"),
-        ({"q": torch.zeros(1, 32, 1, 16)}, "32 query heads a KV head"),
+        (
+            {name: torch.zeros(1, h, n, 16).half() for name, h, n in (("q", 32, 1), ("k", 1, 20), ("v", 1, 20))},
+            "32 query",
+        ),
         ({"mask": torch.zeros(1, 1, 1, 20)}, "a mask that"),
         ({"mask": torch.ones(1, 2, 1, 20, dtype=torch.bool)}, "a mask that"),
     ],
