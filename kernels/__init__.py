@@ -18,9 +18,12 @@ if __name__ == "patchkit.kernels":
     from .mass import block_mass
     from .merge import merge_states
     from .packed import packed_attention
+    from .quantised import Format, Reorder, quantised_attention
     from .redistribute import redistribute
+    from .reorder import reorder_heads
     from .runs import Packed, find_runs, pack_runs
     from .sparse import Path, block_sparse_attention, choose_path
+    from .statistics import block_statistics
     from .survey import Finding, paths, survey
     from .topk import row_topk
 
@@ -28,14 +31,17 @@ __all__ = [
     "BlockLayout",
     "ElementRule",
     "Finding",
+    "Format",
     "GradientError",
     "KernelTypeError",
     "KernelValueError",
     "LayoutError",
     "Packed",
     "Path",
+    "Reorder",
     "block_mass",
     "block_sparse_attention",
+    "block_statistics",
     "choose_path",
     "class_attention",
     "dead_band",
@@ -45,7 +51,9 @@ __all__ = [
     "pack_runs",
     "packed_attention",
     "paths",
+    "quantised_attention",
     "redistribute",
+    "reorder_heads",
     "row_topk",
     "survey",
 ]

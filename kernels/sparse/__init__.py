@@ -174,8 +174,8 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, num_splits: int) -> None:
-    """Host-side checks that read no tensor values."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: Any, num_splits: int) -> None:
+    """Host-side checks that read no tensor values; ``layout`` is a :class:`BlockLayout`, or has its sizes."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise value_error(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
