@@ -15,6 +15,7 @@ from patchkit import kernels
 from patchkit.adapters.base import unwrap
 from patchkit.context import AttentionCall
 from patchkit.errors import InvalidOption
+from patchkit.kernels.reorder import NAMES
 from patchkit.recipe_base import Recipe
 from patchkit.recipes.paro import runtime
 from patchkit.recipes.paro.buckets import bucket_of
@@ -188,7 +189,7 @@ class Paro(Recipe):
                 density=choice.keep.float().mean((-1, -2)),
                 actual_density=layout.listed.sum(-1) / (layout.n_q * layout.n_k),
                 kept_mass=plan.kept_mass[number, row].masked_fill(choice.keep.flatten(1).all(-1), 1.0),
-                order=[int(c) for c in choice.codes],
+                orders=orders_text(choice.codes),
                 dense_heads=dense,
             )
             self._say_path(call, layout)
@@ -206,6 +207,11 @@ class Paro(Recipe):
         call.ledger.note(path=f"{path.name}: {path.reason}")
         loses = path.name != "dense" and not path.pays
         call.ledger.caution("slower than dense expected", path.reason if loses else "")
+
+
+def orders_text(codes: tuple[int, ...]) -> str:
+    """How many heads have which order: ``"FHW 3, HWF 1"``."""
+    return ", ".join(f"{NAMES[code]} {codes.count(code)}" for code in sorted(set(codes)))
 
 
 def _dense(call: AttentionCall, next: Next, reason: str) -> Tensor:
