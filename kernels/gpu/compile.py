@@ -41,8 +41,9 @@ class Compiled:
     tensor_core: int
     num_warps: int
     num_stages: int
+    integer: int = 0  # of the matrix instructions those of 8-bit integers
 
-    def faults(self, pipelined: bool) -> list[str]:
+    def faults(self, pipelined: bool, integer: bool = False) -> list[str]:
         """What the gate does not let pass."""
         found = []
         if self.spill_bytes:
@@ -51,6 +52,8 @@ class Compiled:
             found.append(f"{self.shared_bytes} bytes of shared memory, {SHARED_LIMIT[self.target]} are there")
         if pipelined and not self.async_copies:
             found.append("no asynchronous copies: pipelining is lost")
+        if integer and not self.integer:
+            found.append("no matrix instruction of 8-bit integers")
         return found
 
     def row(self) -> dict[str, Any]:
@@ -98,6 +101,7 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
         tensor_core=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", ptx)),
         num_warps=variant.num_warps,
         num_stages=variant.num_stages,
+        integer=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)[\w.:]*\.s8", ptx)),
     )
 
 

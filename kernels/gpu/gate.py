@@ -107,7 +107,7 @@ def compile_job(job: Job) -> Row:
     except Exception as error:  # the compiler raises whatever its passes raise; the table must name the variant
         told = " ".join(str(error).split())
         return {"variant": job.variant, "target": job.target, "faults": [f"does not compile: {told[-300:]}"]}
-    return made.row() | {"triton": triton_version(), "faults": made.faults(variant.pipelined)}
+    return made.row() | {"triton": triton_version(), "faults": made.faults(variant.pipelined, variant.integer)}
 
 
 def compile_all(jobs: Sequence[Job], processes: int = 2) -> list[Row]:

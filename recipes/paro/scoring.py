@@ -17,9 +17,12 @@ def skippable(small: Tensor, block: int, sigma: float) -> Tensor:
 
 
 def incoherence(total: Tensor, peak: Tensor, block: int) -> Tensor:
-    """M_quant (...): largest over mean entry, averaged over blocks; 1 for a block that is 0 throughout."""
+    """M_quant (...): largest over mean entry, averaged over the blocks that hold any mass; 1 where none does."""
+    held = total > 0
     mean = total / (block * block)
-    return torch.where(mean > 0, peak / mean.clamp(min=1e-38), torch.ones_like(peak)).mean((-1, -2))
+    ratio = torch.where(held, peak / mean.clamp(min=1e-45), torch.zeros_like(peak))
+    count = held.sum((-1, -2))
+    return torch.where(count > 0, ratio.sum((-1, -2)) / count.clamp(min=1), torch.ones_like(count, dtype=ratio.dtype))
 
 
 def kept_share(total: Tensor, density: float) -> Tensor:

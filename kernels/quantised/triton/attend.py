@@ -23,15 +23,17 @@ def _weighted(p, v, live, top, BM: tl.constexpr, BN: tl.constexpr, PV: tl.conste
     """(BM, D) product of probabilities (BM, BN) and values, in the values' own units. PV: 1 integers, 2 fp8."""
     if PV == 2:
         # a fresh accumulator: Hopper's fp8 products keep 14 bits of a long sum
-        return tl.dot((p * 448.0).to(tl.float8e4nv), v) * (1.0 / 448.0)
-    p = tl.where(live[:, None], p, 0.0)  # rows past the end must not set the scale of a block
-    most = tl.max(p, 1)
-    if ROWS > 0:
-        by_block = tl.max(tl.reshape(most, [BM // ROWS, ROWS]), 1)
-        most = tl.reshape(tl.broadcast_to(by_block[:, None], [BM // ROWS, ROWS]), [BM])
-    step = tl.maximum(most, LEAST) / top
-    whole = tl.minimum(tl.floor(p / step[:, None] + 0.5), top).to(tl.int8)
-    return tl.dot(whole, v, out_dtype=tl.int32).to(tl.float32) * step[:, None]
+        made = tl.dot((p * 448.0).to(tl.float8e4nv), v) * (1.0 / 448.0)
+    else:
+        p = tl.where(live[:, None], p, 0.0)  # rows past the end must not set the scale of a block
+        most = tl.max(p, 1)
+        if ROWS > 0:
+            by_block = tl.max(tl.reshape(most, [BM // ROWS, ROWS]), 1)
+            most = tl.reshape(tl.broadcast_to(by_block[:, None], [BM // ROWS, ROWS]), [BM])
+        step = tl.maximum(most, LEAST) / top
+        whole = tl.minimum(tl.floor(p / step[:, None] + 0.5), top).to(tl.int8)
+        made = tl.dot(whole, v, out_dtype=tl.int32).to(tl.float32) * step[:, None]
+    return made
 
 
 @triton.jit
@@ -179,7 +181,7 @@ def attend_kernel(
     if QK:
         steps = tl.load(q_scale + (b * heads + h) * q_groups + n // Q_GROUP, mask=live, other=0.0)
     k_head, v_head = k + b * k_b + (h // k_group) * k_h, v + b * v_b + (h // v_group) * v_h
-    k_steps = k_scale
+    k_steps = k_head  # not read
     if QK:
         k_steps = k_scale + (b * (heads // k_group) + h // k_group) * k_groups
 

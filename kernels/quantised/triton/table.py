@@ -37,7 +37,9 @@ def tile_of(D: int, bytes_per: int, block_q: int, block_k: int, pv: str) -> Tile
     warps = max(1, rows // 16)
     if wide and pv != "none":
         warps *= 2
-    return Tile(rows, min(block_k, K_GROUP), warps, 2 if bytes_per == 4 else 3)
+    # of two stages instead of three, D = 64 in 16-bit values keeps all registers
+    stages = 2 if bytes_per == 4 or (pv == "none" and not wide and rows == 64) else 3
+    return Tile(rows, min(block_k, K_GROUP), warps, stages)
 
 
 def unsupported(q: Tensor, layout: BlockLayout, form: Format) -> str | None:

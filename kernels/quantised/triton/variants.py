@@ -83,8 +83,9 @@ def _attend(
     flags = " ".join(n for n, on in (("lens", lens), ("reordered", reorder), (form.p_scale, form.pv != "none")) if on)
     name = f"quantised.attend D{D} {kind[1:]} {form.qk}-{form.pv} {block_q}x{block_k} {flags}".strip()
     targets = FP8_TARGETS if form.pv == "fp8" else ("sm80", "sm90", "sm120")
+    integer = eight or form.pv in ("int8", "int4")
     return Variant(
-        name, attend_kernel, types, constants, tile.warps, tile.stages, loose=loose, targets=targets, pipelined=True
+        name, attend_kernel, types, constants, tile.warps, tile.stages, integer=integer, loose=loose, targets=targets
     )
 
 
