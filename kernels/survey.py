@@ -25,8 +25,14 @@ from .merge import merge_states
 from .packed import packed_attention
 from .packed.reference import packed_attention_reference
 from .runs import Packed, find_runs, pack_runs
+from .quantised import Format, quantised_attention
+from .quantised.reference import quantised_reference
+from .reorder import reorder_heads
+from .reorder.reference import reorder_reference
 from .sparse import block_sparse_attention, choose_path
 from .sparse.reference import block_sparse_reference
+from .statistics import block_statistics
+from .statistics.reference import block_statistics_reference
 
 # Small and awkward: ragged last blocks, two query heads on one KV head, a text-like complete row.
 TOKENS, HEADS, D, BLOCK = 300, 2, 64, 64
@@ -123,6 +129,9 @@ def _operators() -> dict[str, Operator]:
         "block_sparse_attention": (_sparse_path, every, _sparse, _sparse_exact),
         "block_sparse_attention, backward": (_backward_path, every, _backward, _backward_exact),
         "block_mass": (_path_of("mass.triton"), every, _mass, _mass_exact),
+        "block_statistics": (_path_of("statistics.triton"), every, _statistics, _statistics_exact),
+        "reorder_heads": (_path_of("reorder.triton"), every, _reorder, _reorder_exact),
+        "quantised_attention": (_path_of("quantised.triton.launch"), every, _quantised, _quantised_exact),
         "merge_states": (lambda device: ("plain torch", "elementwise on any device"), every, _merge, _dense_exact),
     }
     found["dead_band"] = (_path_of("deadband.triton"), every, _dead_band, _dead_band_exact)
@@ -247,6 +256,35 @@ def _mass(p: Problem) -> Tensors:
 
 def _mass_exact(p: Problem) -> Tensors:
     return block_mass_reference(p.q, p.k, _dense_exact(p)[1], BLOCK, BLOCK)
+
+
+ORDER = {"codes": (2, 5), "grid": (7, 6, 5), "start": 20}
+
+
+def _statistics(p: Problem) -> Tensors:
+    return block_statistics(p.q, p.k, _dense_exact(p.exact)[1], BLOCK)[:2]  # a count may differ by one at its edge
+
+
+def _statistics_exact(p: Problem) -> Tensors:
+    return block_statistics_reference(p.q, p.k, _dense_exact(p)[1], BLOCK, 1e-3)[:2]
+
+
+def _reorder(p: Problem) -> Tensors:
+    return tuple(reorder_heads(p.q, p.k, **ORDER))  # type: ignore[arg-type]
+
+
+def _reorder_exact(p: Problem) -> Tensors:
+    return tuple(reorder_reference(x, *ORDER.values()) for x in (p.q, p.k))  # type: ignore[arg-type]
+
+
+def _quantised(p: Problem) -> Tensors:
+    return quantised_attention(p.q, p.k, p.v, p.layout, return_lse=True)
+
+
+def _quantised_exact(p: Problem) -> Tensors:
+    layout = p.layout.to("cpu")
+    found = quantised_reference(p.q.cpu(), p.k.cpu(), p.v.cpu(), layout, Format())
+    return tuple(x.to(p.q.device) for x in found)
 
 
 def _merge(p: Problem) -> Tensors:

@@ -86,9 +86,7 @@ def grouped(x: Tensor, group: int, top: float) -> tuple[Tensor, Tensor]:
     return rounded(padded, scale[..., None, None], top).to(torch.int8).flatten(2, 3), scale
 
 
-def keys_of(
-    q: Tensor, k: Tensor, form: Format, groups: tuple[int, int], scale: float, lens: list[int] | None
-) -> Keys:
+def keys_of(q: Tensor, k: Tensor, form: Format, groups: tuple[int, int], scale: float, lens: list[int] | None) -> Keys:
     """Rounded queries and keys. ``scale`` is that of the softmax."""
     top = LARGEST[form.qk]
     mean = mean_over(k, lens) if form.smooths_k else None

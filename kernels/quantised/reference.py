@@ -63,9 +63,7 @@ def quantised_reference(
     return out.to(q.dtype), lse if shift is None else lse + shift
 
 
-def _logits(
-    q: Tensor, k: Tensor, form: Format, groups: tuple[int, int], scale: float, lens: list[int]
-) -> Tensor:
+def _logits(q: Tensor, k: Tensor, form: Format, groups: tuple[int, int], scale: float, lens: list[int]) -> Tensor:
     """(B, H, q_len, kv_len) in base 2."""
     group = q.shape[1] // k.shape[1]
     if form.qk == "none":

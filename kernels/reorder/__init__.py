@@ -16,7 +16,9 @@ __all__ = ["NAMES", "ORDERS", "address_table", "distinct_orders", "reorder_heads
 
 
 @torch.library.custom_op("patchkit::reorder_heads", mutates_args=())
-def _reorder(xs: Sequence[Tensor], codes: Sequence[int], grid: Sequence[int], start: int, inverse: bool) -> list[Tensor]:
+def _reorder(
+    xs: Sequence[Tensor], codes: Sequence[int], grid: Sequence[int], start: int, inverse: bool
+) -> list[Tensor]:
     shape = (int(grid[0]), int(grid[1]), int(grid[2]))
     if gpu.obstacle(xs[0].device) is None:
         from .triton import MOST, TYPES, reorder_triton

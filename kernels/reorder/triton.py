@@ -90,9 +90,7 @@ def reorder_kernel(
             _move(x2, out2, x2_b, x2_h, x2_n, b, h, h // group2, heads, n, live, place, N, D, D_PAD, INVERSE)
 
 
-def reorder_triton(
-    xs: Sequence[Tensor], codes: Sequence[int], grid: Grid, start: int, inverse: bool
-) -> list[Tensor]:
+def reorder_triton(xs: Sequence[Tensor], codes: Sequence[int], grid: Grid, start: int, inverse: bool) -> list[Tensor]:
     """See :func:`patchkit.kernels.reorder_heads`; up to three tensors of one dtype, length and head size."""
     heads, (B, _, N, D) = len(codes), xs[0].shape
     outs = [torch.empty(B, heads, N, D, dtype=x.dtype, device=x.device) for x in xs]

@@ -55,7 +55,13 @@ def block_statistics(
         KernelTypeError: q and k of different dtypes.
         GradientError: when a gradient would be recorded.
     """
-    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
+    if (
+        q.dim() != 4
+        or k.dim() != 4
+        or q.shape[0] != k.shape[0]
+        or q.shape[-1] != k.shape[-1]
+        or q.shape[1] % k.shape[1]
+    ):
         raise value_error(f"q {tuple(q.shape)}, k {tuple(k.shape)}", WHERE, "Expected (B, H, N, D), H a multiple.")
     if q.dtype != k.dtype or not q.is_floating_point():
         raise type_error(f"q {q.dtype}, k {k.dtype}", WHERE, "Pass one floating dtype.")

@@ -53,7 +53,7 @@ def statistics_kernel(
     shift = tl.load(lse + bh.to(tl.int64) * q_len + i, mask=live, other=float("inf")) * LOG2E
     k_head = k + b * k_b + (h // group) * k_h
     out = (bh.to(tl.int64) * n_q + p) * n_k
-    for j in range(0, n_k):
+    for j in range(n_k):
         n = j * BLOCK + tl.arange(0, BLOCK)
         here = n < kv_len
         rows = k_head + n.to(tl.int64)[None, :] * k_n + col[:, None]

@@ -52,9 +52,7 @@ class Masks(NamedTuple):
 def assemble(masses: Masses, density: float, scope: str) -> Masks:
     """Masks at the wanted density over every scope."""
     M, L, H, n, _ = masses.shape
-    found = Masks(
-        torch.zeros(M, L, H, n, -(-n // WORD), dtype=torch.int32), torch.zeros(M, L, H), torch.zeros(M, L, H)
-    )
+    found = Masks(torch.zeros(M, L, H, n, -(-n // WORD), dtype=torch.int32), torch.zeros(M, L, H), torch.zeros(M, L, H))
     for places in _scopes(M, L, H, scope):
         for (m, row, heads), (mass, keep) in zip(places, masks_of(_parts(masses, places), density), strict=True):
             found.bits[m, row, heads] = pack(keep)

@@ -169,7 +169,9 @@ class Calibration:
         import patchkit
 
         if patchkit.status(pipe)["patched"]:
-            raise Conflict("the pipeline is patched", "calibrate", "remove the patch first: plans are made of dense runs")
+            raise Conflict(
+                "the pipeline is patched", "calibrate", "remove the patch first: plans are made of dense runs"
+            )
         self.pipe, self.prompts, self.settings, self.call = pipe, prompts, settings, call
         self.selection, self.folder, self.progress = selection, folder, progress
         self.seen, self.names = Seen(), ()
@@ -199,7 +201,6 @@ class Calibration:
         with patchkit.apply(self.pipe, Observe(watcher=watcher, **self.selection)), torch.no_grad():
             self.pipe(prompt=self.prompts[number], **call)
         self.names = tuple(site.full_name for site in watcher.sites)
-        self._step(f"prompt {number + 1} of {len(self.prompts)}")
 
     def _step(self, what: str) -> None:
         self.done += 1
@@ -217,8 +218,7 @@ class Calibration:
                 self._recall(number)
                 self._step(f"prompt {number + 1} was watched before")
             else:
-                watcher = OrderFigures(self.settings.block_size, self.seen, vars(self.settings))
-                self._watch(watcher, number)
+                watcher = self._compare(number)
                 self._remember(number)
                 part = path.with_suffix(".part")
                 save_file(watcher.to_tensors(), part)
@@ -228,10 +228,21 @@ class Calibration:
             gathered = {n: gathered[n] + x if n in gathered else x for n, x in tensors.items()}
         means = {n: gathered[n] / gathered["count"][:, None, None] for n in (*FIGURES, "share")}
         settings = self.settings
-        order = scoring.choose(
-            means["sparse"], means["quant"], means["kept"], codes, settings.select, settings.alpha
-        )
+        order = scoring.choose(means["sparse"], means["quant"], means["kept"], codes, settings.select, settings.alpha)
         return order, means["share"][..., 0]
+
+    def _compare(self, number: int) -> OrderFigures:
+        """The figures of all orders on one prompt. A denoiser that works in a part of the run only may have been missed
+        by the steps that were looked at; then the prompt is watched again at more of them.
+        """
+        settings = dict(vars(self.settings))
+        while True:
+            watcher = OrderFigures(self.settings.block_size, self.seen, settings)
+            self._watch(watcher, number)
+            if not watcher.missing() or settings["order_steps"] >= self.seen.total:
+                self._step(f"prompt {number + 1} of {len(self.prompts)}: orders")
+                return watcher
+            settings["order_steps"] *= 2
 
     def _masses(self, order: Tensor, numbers: tuple[int, ...], geometry: Geometry) -> assembling.Masses:
         """Mean block masses, from the files of all prompts."""
@@ -245,6 +256,7 @@ class Calibration:
                 self._watch(watcher, number)
                 self._remember(number)
                 watcher.finish()
+                self._step(f"prompt {number + 1} of {len(self.prompts)}: masses")
             files.append(mass_file(path, mass_shape(order, numbers, geometry.count)))
             counts.append(torch.tensor(json.loads(path.with_suffix(".json").read_text())))
         return assembling.Masses(files, torch.stack(counts).sum(0))

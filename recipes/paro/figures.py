@@ -91,10 +91,13 @@ class OrderFigures:
             kept[name] = kept[name] + value if name in kept else value
         self.counts[row] = self.counts.get(row, 0) + 1
 
+    def missing(self) -> list[str]:
+        """Sites without figures."""
+        return [site.full_name for row, site in enumerate(self.sites) if row not in self.counts]
+
     def to_tensors(self) -> dict[str, Tensor]:
         """For a file: the sums of every row and their counts."""
-        rows = range(len(self.sites))
-        missing = [self.sites[r].full_name for r in rows if r not in self.counts]
+        rows, missing = range(len(self.sites)), self.missing()
         if missing:
             raise UnsupportedModel(f"{missing[0]} was never called", "calibrate", "leave it out with exclude=")
         sums = {name: torch.stack([self.sums[r][name] for r in rows]) for name in (*FIGURES, "share")}

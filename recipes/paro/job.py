@@ -43,7 +43,9 @@ class Options(BaseModel):
     block_size: Count = Field(default=64, description="tokens of a block")
     order_steps: Count = Field(default=4, description="steps at which orders are compared")
     query_stride: Count = Field(default=1, description="compare orders on every such query block; 4 for long videos")
-    folder: str | None = Field(default=None, description="where figures are kept meanwhile; beside the plan if left out")
+    folder: str | None = Field(
+        default=None, description="where figures are kept meanwhile; beside the plan if left out"
+    )
 
 
 def run(call: JobCall) -> JobResult:

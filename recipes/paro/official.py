@@ -49,7 +49,12 @@ def import_plan(
     start = text if text_first else 0
     count = (start + tokens) // block - -(-start // block)
     surplus = masks.shape[-1] - count
-    if masks.dim() != 5 or order.dim() != 2 or masks.shape[1:3] != order.shape or surplus not in (0, -(-start // block)):
+    if (
+        masks.dim() != 5
+        or order.dim() != 2
+        or masks.shape[1:3] != order.shape
+        or surplus not in (0, -(-start // block))
+    ):
         raise PlanError(
             f"orders {tuple(order.shape)} and masks {tuple(masks.shape)} are none of {count} image blocks",
             f"{permute}, {sparse}",

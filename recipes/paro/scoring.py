@@ -46,9 +46,7 @@ def _share(x: Tensor) -> Tensor:
     return torch.where(total > 0, x / total.clamp(min=1e-38), torch.zeros_like(x))
 
 
-def choose(
-    sparse: Tensor, quant: Tensor, kept: Tensor, codes: tuple[int, ...], select: Select, alpha: float
-) -> Tensor:
+def choose(sparse: Tensor, quant: Tensor, kept: Tensor, codes: tuple[int, ...], select: Select, alpha: float) -> Tensor:
     """uint8 (...): the order of each head from its candidates' figures (..., candidates); ties: the lower code."""
     value = scores(sparse, quant, alpha) if select == "score" else -kept
     # argmin leaves open which of several equals it takes

@@ -80,7 +80,9 @@ def test_dense_and_no_attenuation_by_ragged_ends(qkv, form):
     v = v + 0.5
     out = quantised_attention(q, k, v, **options(form))
     wanted, _ = dense_attention_reference(q, k, v)
-    assert abs(norm_ratio(out, wanted) - 1) < (0.15 if form.pv == "int4" else 0.01 if form.qk == "int4" else 0.003)  # INT4 rounds small P to 0
+    assert abs(norm_ratio(out, wanted) - 1) < (
+        0.15 if form.pv == "int4" else 0.01 if form.qk == "int4" else 0.003
+    )  # INT4 rounds small P to 0
     assert cosine(out, wanted) > (0.9 if "int4" in (form.qk, form.pv) else 0.999)
 
 
@@ -149,7 +151,9 @@ def test_block_scales_of_p_beat_a_static_one():
 def test_rows_are_never_worse_than_blocks(qkv):
     q, k, v = qkv(1, 1, 1, 512, 512, 64)
     exact, _ = dense_attention_reference(q, k, v)
-    block, row = (relative_l1(quantised_attention(q, k, v, qk="none", pv="int8", p_scale=s), exact) for s in ("block", "row"))
+    block, row = (
+        relative_l1(quantised_attention(q, k, v, qk="none", pv="int8", p_scale=s), exact) for s in ("block", "row")
+    )
     assert row <= block < 0.05
 
 

@@ -196,7 +196,7 @@ def attend_kernel(
     ragged = (count > 0) & (final == blocks - 1) & (keys % BLOCK_K != 0)
     even = tl.where(ragged, count - 1, count)
     block = list_entry(idx, 0, count, implicit)
-    for t in range(0, even * SUB):
+    for t in range(even * SUB):
         at = block * BLOCK_K + (t % SUB) * BN
         block = list_entry(idx, (t + 1) // SUB, count, implicit)  # a step ahead, or every load waits for its index
         m, den, acc = _step(

@@ -78,7 +78,22 @@ def _attend(
     constants |= {"v_d": 0} if form.pv == "none" else {"v_n": 0}
     types = {name: kind for name, kind in types.items() if name not in constants}
     loose = frozenset(
-        "row_b row_h kv_width q_groups k_groups heads k_group v_group mean_group n_q q_len kv_len start stop".split()
+        [
+            "row_b",
+            "row_h",
+            "kv_width",
+            "q_groups",
+            "k_groups",
+            "heads",
+            "k_group",
+            "v_group",
+            "mean_group",
+            "n_q",
+            "q_len",
+            "kv_len",
+            "start",
+            "stop",
+        ]
     )
     flags = " ".join(n for n, on in (("lens", lens), ("reordered", reorder), (form.p_scale, form.pv != "none")) if on)
     name = f"quantised.attend D{D} {kind[1:]} {form.qk}-{form.pv} {block_q}x{block_k} {flags}".strip()
@@ -113,4 +128,6 @@ def _values(D: int, dtype: torch.dtype, pv: str, reorder: bool) -> Variant:
     loose = frozenset(("heads", "group", "kv_heads", "start", "stop", "N"))
     name = f"quantised.values D{D} {TYPES[dtype][1:]} {pv}{' reordered' if reorder else ''}"
     targets = FP8_TARGETS if pv == "fp8" else ("sm80", "sm90", "sm120")
-    return Variant(name, values_kernel, types, constants, PREPARE_WARPS, 1, pipelined=False, loose=loose, targets=targets)
+    return Variant(
+        name, values_kernel, types, constants, PREPARE_WARPS, 1, pipelined=False, loose=loose, targets=targets
+    )

@@ -127,9 +127,7 @@ def test_dense_with_padding_that_is_never_read(launch, qkv, close, form):
     close(out, wanted, 3e-3)
 
 
-@pytest.mark.parametrize(
-    "form", [Format(), Format("int8", "int8"), Format("none", "none")], ids=["qk", "both", "none"]
-)
+@pytest.mark.parametrize("form", [Format(), Format("int8", "int8"), Format("none", "none")], ids=["qk", "both", "none"])
 def test_reads_and_writes_in_each_heads_order(launch, qkv, close, form):
     q, k, v = qkv(1, 6, 2, 63, 63, 64, torch.float16)
     order = order_of(6, 63)
@@ -169,7 +167,9 @@ def test_three_tensors_reordered_in_one_pass(on_triton, qkv, D, inverse):
         assert torch.equal(y, reorder_reference(x, order.codes, order.grid, order.start, inverse))
 
 
-@pytest.mark.parametrize(("N", "M", "D", "block", "dtype"), [(130, 100, 40, 64, torch.float16), (70, 63, 64, 32, torch.float32)])
+@pytest.mark.parametrize(
+    ("N", "M", "D", "block", "dtype"), [(130, 100, 40, 64, torch.float16), (70, 63, 64, 32, torch.float32)]
+)
 def test_statistics_of_blocks(on_triton, qkv, close, N, M, D, block, dtype):
     from patchkit.kernels.statistics.triton import block_statistics_triton
 
