@@ -172,7 +172,7 @@ def quantised_attention(
         KernelTypeError: dtypes that differ.
         GradientError: when a gradient would be recorded.
     """
-    form = Format(qk, pv, smooth_k, smooth_v, p_scale)
+    Format(qk, pv, smooth_k, smooth_v, p_scale)  # checks them
     if layout_fmt == "BNHD":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     elif layout_fmt != "BHND":

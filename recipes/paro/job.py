@@ -43,9 +43,7 @@ class Options(BaseModel):
     block_size: Count = Field(default=64, description="tokens of a block")
     order_steps: Count = Field(default=4, description="steps at which orders are compared")
     query_stride: Count = Field(default=1, description="compare orders on every such query block; 4 for long videos")
-    folder: str | None = Field(
-        default=None, description="where figures are kept meanwhile; beside the plan if left out"
-    )
+    folder: str | None = Field(default=None, description="where figures are kept; beside the plan if left out")
 
 
 def run(call: JobCall) -> JobResult:
@@ -131,8 +129,8 @@ def _notes(plan: PermutePlan) -> tuple[str, ...]:
     if low:
         total = plan.order.numel()
         notes.append(
-            f"{low} of {total} heads keep less than 0.9 of their mass: raise the density, or run these heads dense with "
-            "`dense_below: 0.9`"
+            f"{low} of {total} heads keep less than 0.9 of their mass: raise the density, or run these heads "
+            "dense with `dense_below: 0.9`"
         )
     return tuple(notes)
 

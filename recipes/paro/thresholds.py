@@ -1,4 +1,4 @@
-"""Masks from block masses: one threshold for all blocks of a scope, found by bisection to the density that is wanted."""
+"""Masks from block masses: one threshold for all blocks of a scope, found by bisection to the wanted density."""
 
 from __future__ import annotations
 

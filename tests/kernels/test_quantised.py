@@ -80,9 +80,8 @@ def test_dense_and_no_attenuation_by_ragged_ends(qkv, form):
     v = v + 0.5
     out = quantised_attention(q, k, v, **options(form))
     wanted, _ = dense_attention_reference(q, k, v)
-    assert abs(norm_ratio(out, wanted) - 1) < (
-        0.15 if form.pv == "int4" else 0.01 if form.qk == "int4" else 0.003
-    )  # INT4 rounds small P to 0
+    limit = 0.15 if form.pv == "int4" else 0.01 if form.qk == "int4" else 0.003  # INT4 rounds small P to 0
+    assert abs(norm_ratio(out, wanted) - 1) < limit
     assert cosine(out, wanted) > (0.9 if "int4" in (form.qk, form.pv) else 0.999)
 
 
@@ -227,8 +226,9 @@ def test_what_it_refuses(qkv):
         quantised_attention(q, k, v, qk="int2")
     with pytest.raises(KernelValueError, match="both a layout and kv_lens"):
         quantised_attention(q, k, v, layout_for(70, 70), kv_lens=torch.tensor([3]))
+    ids = torch.arange(70) // 35
+    partial = BlockLayout.from_segments(ids, ids, block_q=32, block_k=32)
     with pytest.raises(LayoutError, match="partial"):
-        ids = torch.arange(70) // 35
-        quantised_attention(q, k, v, BlockLayout.from_segments(ids, ids, block_q=32, block_k=32))
+        quantised_attention(q, k, v, partial)
     with pytest.raises(KernelValueError, match="one code for each query head"):
         quantised_attention(q, k, v, reorder=Reorder((0,), (2, 5, 7)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -157,7 +158,7 @@ def test_a_larger_threshold_never_adds_a_block_and_mass_is_monotone():
     mass = masses()
     part = mass, forced_blocks(mass)
     found = [mask_at(part, Threshold(tau, tau, 0))[0] for tau in (-1.0, 0.0, 0.05, 0.3, 0.9, 2.0)]
-    for wide, narrow in zip(found, found[1:], strict=False):
+    for wide, narrow in itertools.pairwise(found):
         assert not bool((narrow & ~wide).any())
     shares = [kept_mass(mass, next(iter(masks_of(one(mass), d)))[1]).mean() for d in (0.2, 0.4, 0.6, 0.8, 1.0)]
     assert shares == sorted(shares)

@@ -15,6 +15,8 @@ from .table import padded, tile_of
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FP8_TARGETS = ("sm90", "sm120")
+LOOSE = ("row_b", "row_h", "kv_width", "q_groups", "k_groups", "heads", "k_group", "v_group", "mean_group", "n_q")
+LOOSE += ("q_len", "kv_len", "start", "stop")
 
 
 def variants() -> list[Variant]:
@@ -35,7 +37,8 @@ def variants() -> list[Variant]:
         _attend(64, bf16, 32, Format("int8", "int8"), block_k=32),
     ]
     found += [_rows(D, bf16, reorder, keys) for D in (64, 128) for reorder in (False, True) for keys in (False, True)]
-    return found + [_values(64, bf16, "int8", True), _values(128, bf16, "int8", False), _values(128, bf16, "fp8", True)]
+    found += [_values(64, bf16, "int8", True), _values(128, bf16, "int8", False), _values(128, bf16, "fp8", True)]
+    return found
 
 
 def _attend(
