@@ -50,6 +50,7 @@ class Settings:
     query_stride: int = 1
     empty_below: float = 0.01
     seed: int = 0
+    codes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         shares = {"density": self.density, "alpha": self.alpha, "sigma": self.sigma, "empty_below": self.empty_below}
@@ -65,6 +66,8 @@ class Settings:
             _refuse("scope", self.scope, f"one of {', '.join(SCOPES)}")
         if self.eps != "rel" and not (isinstance(self.eps, float) and 0 < self.eps < 1):
             _refuse("eps", self.eps, "a number between 0 and 1, or 'rel'")
+        if self.codes is not None and (not self.codes or not set(self.codes) <= set(range(6))):
+            _refuse("codes", self.codes, "some of the orders 0 to 5")
         mask_numbers(self.buckets, self.share_from)
 
 
@@ -90,6 +93,7 @@ def calibrate(
     query_stride: int = 1,
     empty_below: float = 0.01,
     seed: int = 0,
+    codes: Sequence[int] | None = None,
     layers: str | None = None,
     exclude: str | list[str] | None = None,
     folder: str | Path | None = None,
@@ -121,6 +125,7 @@ def calibrate(
         query_stride: compare orders on every such query block; 4 is plenty for long videos.
         empty_below: heads whose image tokens give less than this share of their mass to image tokens count as empty.
         seed: of the first prompt; the next ones count up.
+        codes: the orders to choose from; None = all that differ on the grid. ``[0]``: masks without reordering.
         layers: as the recipe's option.
         exclude: as the recipe's option.
         folder: where figures are kept; a stopped calibration goes on there with the prompts that are missing. None: a
@@ -138,7 +143,7 @@ def calibrate(
     """
     settings = Settings(
         density, buckets, share_from, select, alpha, scope, eps, sigma, block_size, order_steps, query_stride,
-        empty_below, seed,
+        empty_below, seed, None if codes is None else tuple(codes),
     )  # fmt: skip
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:

@@ -72,7 +72,7 @@ class OrderFigures:
         """One QK pass for every candidate, over some of the query blocks."""
         self.seen.check(geometry, row, call.total or 0, call.site)
         grid = tuple(geometry.grid)
-        self.codes = distinct_orders(grid)  # type: ignore[arg-type]
+        self.codes = self.settings["codes"] or distinct_orders(grid)  # type: ignore[arg-type]
         eps = self.settings["eps"]
         eps = scoring.EPS_AT / grid_tokens(geometry) if eps == "rel" else eps
         found: dict[str, list[Tensor]] = {name: [] for name in (*FIGURES, "share")}

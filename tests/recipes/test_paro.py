@@ -415,3 +415,11 @@ def test_predicted_cost_follows_the_plan():
     recipe = patchkit.registry.get("paro")(plan=plan, warmup_steps=2)
     wanted = (2 + 2 * float(plan.density[1].mean())) / 4
     assert recipe.attention_cost(1000, 4) == pytest.approx(wanted)
+
+
+def test_masks_without_reordering():
+    plan = make_plan("wan21", codes=[0])
+    assert not plan.order.any()
+    assert float(plan.density.mean()) == pytest.approx(0.4, abs=1 / plan.blocks)
+    with pytest.raises(InvalidOption, match="codes"):
+        make_plan("wan21", codes=[7])
