@@ -27,7 +27,7 @@ SHAPES = {
 }
 SMALL = {"8k": (4, 64, (8, 32, 32), 0), "4k": (4, 64, (4, 32, 32), 226), "2k": (4, 64, (8, 16, 16), 0)}
 DENSITIES = (0.5, 0.3, 0.2)
-LIMITS = {"bf16": 0.02, "int8": 0.05, "int8+int8": 0.08, "int8+fp8": 0.08, "sage 1.0.6": 0.08}
+LIMITS = {"sparse": 0.02, "int8": 0.05, "int8+int8": 0.08, "int8+fp8": 0.08, "sage 1.0.6": 0.08}
 
 
 def problem(name: str, device: str, heads: int | None) -> tuple[Any, ...]:
@@ -112,7 +112,7 @@ def ours(q: Any, k: Any, v: Any, layout: Any, codes: list[int], grid: Any, start
         moved = reorder_heads(q, k, v, **order)
         return reorder_heads(block_sparse_attention(*moved, layout, validate=False), **order, inverse=True)[0]
 
-    found: dict[str, Callable[[], Any]] = {} if layout is None else {"bf16": plain}
+    found: dict[str, Callable[[], Any]] = {} if layout is None else {"sparse": plain}
     if q.device.type == "cuda":
         for qk, pv in (("int8", "none"), ("int8", "int8"), ("int8", "fp8")):
             name = qk if pv == "none" else f"{qk}+{pv}"

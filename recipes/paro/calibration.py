@@ -13,7 +13,6 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,52 +26,9 @@ from patchkit.recipes.paro.figures import FIGURES, MassFigures, OrderFigures, Se
 from patchkit.recipes.paro.geometry import Geometry
 from patchkit.recipes.paro.observing import Observe
 from patchkit.recipes.paro.plan import Facts, PermutePlan
+from patchkit.recipes.paro.settings import Scope, Settings, refuse
 
-Scope = Literal["head", "layer", "timestep", "global"]
 Progress = Callable[[int, int, str], None]
-SCOPES = ("head", "layer", "timestep", "global")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a plan is chosen; kept beside the figures, so that a run is only gone on with as it was begun."""
-
-    density: float = 0.3
-    buckets: int = 10
-    share_from: float = 0.5
-    select: scoring.Select = "score"
-    alpha: float = 0.5
-    scope: Scope = "layer"
-    eps: float | Literal["rel"] = 1e-3
-    sigma: float = 0.9
-    block_size: int = 64
-    order_steps: int = 4
-    query_stride: int = 1
-    empty_below: float = 0.01
-    seed: int = 0
-    codes: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        shares = {"density": self.density, "alpha": self.alpha, "sigma": self.sigma, "empty_below": self.empty_below}
-        for name, value in shares.items():
-            if not 0 <= value <= 1 or (name == "density" and value == 0):
-                _refuse(name, value, "a share between 0 and 1")
-        for name in ("block_size", "order_steps", "query_stride", "buckets"):
-            if getattr(self, name) < 1:
-                _refuse(name, getattr(self, name), "1 or more")
-        if self.select not in ("score", "kept_mass"):
-            _refuse("select", self.select, "'score' or 'kept_mass'")
-        if self.scope not in SCOPES:
-            _refuse("scope", self.scope, f"one of {', '.join(SCOPES)}")
-        if self.eps != "rel" and not (isinstance(self.eps, float) and 0 < self.eps < 1):
-            _refuse("eps", self.eps, "a number between 0 and 1, or 'rel'")
-        if self.codes is not None and (not self.codes or not set(self.codes) <= set(range(6))):
-            _refuse("codes", self.codes, "some of the orders 0 to 5")
-        mask_numbers(self.buckets, self.share_from)
-
-
-def _refuse(name: str, value: Any, wanted: str) -> None:
-    raise InvalidOption(f"{name} is {value!r}", f"calibrate, option {name!r}", f"give {wanted}")
 
 
 def calibrate(
@@ -147,7 +103,7 @@ def calibrate(
     )  # fmt: skip
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
-        _refuse("prompts", texts, "one prompt or more")
+        refuse("prompts", texts, "one prompt or more")
     call = dict(call_kwargs)
     if num_inference_steps is not None:
         call["num_inference_steps"] = num_inference_steps

@@ -218,12 +218,6 @@ class PermutePlan:
         nothing = torch.zeros_like(order, dtype=torch.bool) if empty is None else empty
         return cls(order, pack(masks), mass, density, nothing, facts)
 
-    def with_orders(self, code: int) -> PermutePlan:
-        """The same masks with all heads in one order: what reordering is worth is measured against code 0."""
-        return PermutePlan(
-            torch.full_like(self.order, code), self.bits, self.kept_mass, self.density, self.empty, self.facts
-        )
-
     def histogram(self) -> Tensor:
         """Int [L, 6]: how many heads of each row have each order."""
         return torch.stack([(self.order == code).sum(-1) for code in range(len(NAMES))], -1)

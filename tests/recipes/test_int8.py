@@ -14,7 +14,7 @@ from patchkit.errors import Conflict, InvalidOption
 from patchkit.recipes.int8 import Int8, packed_keys
 from patchkit.sites import Site
 
-NAMES = ("cogvideox", "hunyuan", "wan21", "mochi", "ltx", "flux", "sd3", "qwenimage", "sd15", "pixart", "sana")
+NAMES = ("cogvideox", "hunyuan", "wan21", "mochi", "ltx", "flux", "sd3", "qwenimage", "sd15", "pixart", "sana", "sdxl")
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def report_of(patch):
     return patch.report().to_dict()["recipes"][0]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n in tiny.PIPELINES])
+@pytest.mark.parametrize("name", NAMES)
 def test_stays_near_on_every_pipeline_and_leaves_no_trace(name):
     wanted = reference(name)
     with patchkit.apply(pipeline(name), "int8", pv="int8") as patch:
