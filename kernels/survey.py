@@ -24,11 +24,11 @@ from .mass.reference import block_mass_reference
 from .merge import merge_states
 from .packed import packed_attention
 from .packed.reference import packed_attention_reference
-from .runs import Packed, find_runs, pack_runs
 from .quantised import Format, quantised_attention
 from .quantised.reference import quantised_reference
 from .reorder import reorder_heads
 from .reorder.reference import reorder_reference
+from .runs import Packed, find_runs, pack_runs
 from .sparse import block_sparse_attention, choose_path
 from .sparse.reference import block_sparse_reference
 from .statistics import block_statistics
