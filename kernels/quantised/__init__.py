@@ -54,7 +54,7 @@ def _quantised(
         if reorder is None:
             out, lse = quantised_blocked(q, k, v, layout, form, scale)
             return out.contiguous(), lse.contiguous()
-        order = {"codes": reorder.codes, "grid": reorder.grid, "start": reorder.start}
+        order: dict[str, Any] = {"codes": reorder.codes, "grid": reorder.grid, "start": reorder.start}
         q, k, v = (reorder_heads(x, **order)[0] for x in (q, k, v))
         out, lse = quantised_blocked(q, k, v, layout, form, scale)
         (out,) = reorder_heads(out, **order, inverse=True)

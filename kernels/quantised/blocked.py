@@ -32,8 +32,8 @@ def quantised_blocked(
         from ..sparse import block_sparse_attention
 
         wide = torch.promote_types(exact_q.dtype, v.dtype)
-        operands = (x.to(wide) for x in (exact_q, exact_k, v))
-        out, lse = block_sparse_attention(*operands, layout, scale=factor, return_lse=True, validate=False)
+        wide_q, wide_k, wide_v = (x.to(wide) for x in (exact_q, exact_k, v))
+        out, lse = block_sparse_attention(wide_q, wide_k, wide_v, layout, scale=factor, return_lse=True, validate=False)
     else:
         values = values_of(v, form, lens)
         out, lse = _walk(exact_q.float() * (factor * LOG2E), exact_k.float(), values, layout, form, lens)

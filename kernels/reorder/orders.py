@@ -47,8 +47,8 @@ def rows_on(code: int, grid: Grid, device: torch.device) -> Tensor:
 def strides_of_order(code: int, grid: Grid) -> tuple[int, int, int, int, int]:
     """(n1, n2, s0, s1, s2): r(n) = (n // (n1 n2)) s0 + (n // n2 mod n1) s1 + (n mod n2) s2."""
     strides = (grid[1] * grid[2], grid[2], 1)
-    axes = ORDERS[code]
-    return (grid[axes[1]], grid[axes[2]], *(strides[a] for a in axes))
+    first, second, third = ORDERS[code]
+    return grid[second], grid[third], strides[first], strides[second], strides[third]
 
 
 @functools.lru_cache(maxsize=256)
