@@ -227,3 +227,18 @@ def test_softpag_cost_predicts_and_makes_no_map(script) -> None:
     assert [r.get("extra_forwards_predicted") for r in found] == [None, 1, 0.75, 0.5, 1, 0.25]
     assert all(r["largest_tensor"] < r["map_of_a_head"] for r in found)
     assert all(r["largest_tensor"] <= found[0]["largest_tensor"] for r in found if "image" not in r["variant"])
+
+
+def test_quantised_attention_writes_rows_with_their_errors(script, monkeypatch, capsys):
+    """On a CPU: torch's dense op, ours over a layout with its reordering, and the reordering by itself."""
+    module, rows = script("quantised_attention"), script("rows")
+    kept = []
+    monkeypatch.setattr(rows, "write", lambda name, found: kept.extend(found))
+    arguments = ["--only", "2k", "--heads", "1", "--densities", "0.5", "--repeats", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["quantised_attention.py", *arguments])
+    module.main()
+    assert [r["kind"] for r in kept] == ["torch", "sparse", "preparation alone"]
+    assert all(r["relative_l1"] < 1e-3 and abs(r["norm_ratio"] - 1) < 1e-3 for r in kept[:2])
+    q, k, v, grid, start = module.problem("2k", "cpu", 1)
+    wrong, norm = module.errors(q * 0, q, k, v, None, [0], grid, start)
+    assert (wrong, norm) == (1.0, 0.0)
