@@ -19,10 +19,10 @@ class Variant:
         num_warps: warps per program.
         num_stages: stages of software pipelining.
         pipelined: whether the main loop must load asynchronously (``cp.async``); the gate fails when it does not.
-        integer: whether it must multiply 8-bit integers on the tensor cores; the gate fails when it does not.
         loose: arguments that are not multiples of 16. All other pointers and integers are compiled as divisible by
             16, as Triton specialises aligned tensors and strides.
         targets: GPU generations that are launched in this form, for launch parameters that differ between them.
+        integer: whether it must multiply 8-bit integers on the tensor cores; the gate fails when it does not.
     """
 
     name: str
@@ -32,6 +32,6 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 2
     pipelined: bool = True
-    integer: bool = False
     loose: frozenset[str] = field(default_factory=frozenset)
     targets: tuple[str, ...] = ("sm80", "sm90", "sm120")
+    integer: bool = False
