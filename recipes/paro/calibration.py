@@ -84,8 +84,8 @@ def calibrate(
         codes: the orders to choose from; None = all that differ on the grid. ``[0]``: masks without reordering.
         layers: as the recipe's option.
         exclude: as the recipe's option.
-        folder: where figures are kept; a stopped calibration goes on there with the prompts that are missing. None: a
-            temporary folder.
+        folder: where figures are kept; a stopped calibration goes on there with the prompts that are missing, and
+            another ``scope`` (with ``select="score"`` another ``density`` too) needs no new run. None: a temporary one.
         progress: called as ``progress(done, total, what)`` with the runs that are done.
         call_kwargs: further arguments of the pipeline's call: height, width, num_frames, guidance_scale ...
 
@@ -225,10 +225,14 @@ class Calibration:
     # --- the folder -----------------------------------------------------------------------------------------------
 
     def _claim(self) -> None:
-        """Write down what is calibrated, or refuse a folder in which something else is."""
+        """Write down what is calibrated, or refuse a folder in which something else is.
+
+        Density and scope are left out where the orders do not depend on them: they cut the same masses elsewhere.
+        """
         path = self.folder / "calibration.json"
+        free = {"density", "scope"} if self.settings.select == "score" else {"scope"}
         mine = {
-            "settings": vars(self.settings),
+            "settings": {n: v for n, v in vars(self.settings).items() if n not in free},
             "prompts": self.prompts,
             "call": {n: repr(v) for n, v in sorted(self.call.items())},
             "selection": self.selection,
