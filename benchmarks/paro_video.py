@@ -180,13 +180,15 @@ def draw(plan: Any, path: Path) -> None:
     from patchkit.kernels.reorder import NAMES
 
     counts = plan.histogram()
-    figure, axes = plt.subplots(figsize=(6, 2.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.5, 2.6), layout="constrained")
     bottom = counts[:, 0] * 0
     for code, name in enumerate(NAMES):
-        axes.bar(range(len(counts)), counts[:, code], bottom=bottom, label=name)
+        axes.bar(range(len(counts)), counts[:, code], bottom=bottom, label=f"{code} {name}")
         bottom = bottom + counts[:, code]
-    axes.set(xlabel="layer", ylabel="heads", title="orders of tokens chosen for the heads of zoo/video")
-    axes.legend(ncols=3, fontsize="small")
+    heads = int(counts[0].sum())
+    axes.set(xlabel="layer", ylabel="heads", title="Order of tokens chosen for each head of zoo/video")
+    axes.set(xticks=range(len(counts)), yticks=range(heads + 1))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", title="order", fontsize="small")
     figure.savefig(path, dpi=120)
 
 
