@@ -67,12 +67,30 @@ def unseen_mass(pipe: Any, plans: dict[str, Any], prompts: list[str], args: argp
     found: dict[str, list[Any]] = {}
     for name, plan in plans.items():
         for seed, prompt in enumerate(prompts):
-            path = args.folder / f"unseen-{name.replace(' ', '-')}-{seed}"
+            path = args.folder / f"unseen-{name.replace(' ', '-')}-{seed}-{args.steps}-{args.block_size}"
+            if path.with_suffix(".pt").is_file():
+                found.setdefault(name, []).append(torch.load(path.with_suffix(".pt"), weights_only=True))
+                continue
             seen = Seen(geometry=geometry_of(plan))
             watcher = MassFigures(plan.facts.block, seen, plan.order, plan.facts.masks, path)
             with patchkit.apply(pipe, Observe(watcher=watcher)), torch.no_grad():
                 generate(pipe, prompt, seed, args.steps)
             found.setdefault(name, []).append(watcher.sums.clone())
+            torch.save(found[name][-1], path.with_suffix(".pt"))
+            path.unlink()
+    return found
+
+
+def references_of(pipe: Any, prompts: list[str], args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """The dense clip of every prompt; kept in the folder."""
+    import torch
+
+    found = []
+    for seed, prompt in enumerate(prompts):
+        path = args.folder / f"dense-{seed}-{args.steps}.pt"
+        if not path.is_file():
+            torch.save(generate(pipe, prompt, seed, args.steps)[0], path)
+        found.append((prompt, torch.load(path, weights_only=True)))
     return found
 
 
@@ -202,16 +220,15 @@ def judge(pipe: Any, args: argparse.Namespace, prompts: list[str], shared: dict[
     plans = {density: plans_of(pipe, density, args) for density in args.densities}
     draw(plans[args.densities[0]][REORDERED], args.picture)
     masses = unseen_mass(pipe, plans[args.densities[0]], prompts[:2], args)
-    references = [(prompt, generate(pipe, prompt, seed, args.steps)[0]) for seed, prompt in enumerate(prompts)]
+    references = references_of(pipe, prompts, args)
     if ("dense", 1.0) not in done:
         scores = rights([detect.score(video, prompt) for prompt, video in references])
         row = {"variant": "dense", "density": 1.0, "right": scores, "clips": len(references)}
         append(args.results, shared | row)
     names = list(variants_of(plans[args.densities[0]], 1.0, args))
-    for name, density in ((n, d) for some in (names[:4], names[4:]) for d in args.densities for n in some):
+    wanted = [(n, d) for some in (names[:4], names[4:]) for d in args.densities for n in some]
+    for name, density in [case for case in wanted if case not in done][: args.rows]:
         recipe, options, used = variants_of(plans[density], density, args)[name]
-        if (name, density) in done:
-            continue
         row = row_of(measure(pipe, recipe, options, references, args))
         if used is not None:
             row["kept_mass_unseen"] = round(held(plans[density][used], masses[used]), 4)
@@ -238,6 +255,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("docs/paro-orders.png"))
     parser.add_argument("--results", type=Path, default=RESULTS / "paro_video.jsonl")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--rows", type=int, default=None, help="stop after so many rows; all")
     parser.add_argument("--time", action="store_true", help="add rows of seconds a clip instead of quality")
     parser.add_argument("--rounds", type=int, default=2, help="with --time: clips of each variant")
     args = parser.parse_args()
