@@ -5,7 +5,7 @@
 
 For every density: the plan, the plan with INT8 products, masks of the same density made without reordering (the
 paper's ablation), and AdaSpa; all from the same seeds, against the dense video. A row is written as soon as a variant
-is done, and `--resume` leaves out those that are there. Draws the orders of each layer's heads.
+is done, and `--resume` goes on, with more prompts too. Draws the orders of each layer's heads.
 """
 
 from __future__ import annotations
@@ -123,21 +123,27 @@ def variants_of(plans: dict[str, Any], density: float, args: argparse.Namespace)
     }
 
 
-def measure(pipe: Any, recipe: str, options: dict[str, Any], references: list[Any], args: Any) -> dict[str, list[Any]]:
-    """Every prompt from its seed: distance to its dense video, detector scores, report."""
+def measure(
+    pipe: Any, recipe: str, options: dict[str, Any], references: list[Any], args: Any, kept: Path
+) -> dict[str, list[Any]]:
+    """Every prompt from its seed: distance to its dense video, detector scores, report. Clips in ``kept`` are done."""
     import patchkit
     from patchkit import metrics
     from patchkit.zoo import detect
 
     found: dict[str, list[Any]] = {"scores": [], "psnr": [], "ssim": [], "reports": []}
-    for seed, (prompt, reference) in enumerate(references):
+    clips = json.loads(kept.read_text()) if kept.is_file() else []
+    for seed, (prompt, reference) in list(enumerate(references))[len(clips) :]:
         with patchkit.apply(pipe, recipe, **options) as patch:
             video, _ = generate(pipe, prompt, seed, args.steps)
             report = patch.report().to_dict()["recipes"][0]
-        found["scores"].append(detect.score(video, prompt))
-        found["psnr"].append(float(metrics.psnr(video, reference)))
-        found["ssim"].append(float(metrics.ssim(video, reference)))
-        found["reports"].append({**report["means"], "dense": report["dense"], "counts": report["counts"]})
+        seen = {**report["means"], "dense": report["dense"], "counts": report["counts"]}
+        near = {"psnr": float(metrics.psnr(video, reference)), "ssim": float(metrics.ssim(video, reference))}
+        clips.append({"scores": detect.score(video, prompt), **near, "reports": seen})
+        kept.write_text(json.dumps(clips))
+    for clip in clips[: len(references)]:
+        for name, value in clip.items():
+            found[name].append(value)
     return found
 
 
@@ -212,11 +218,12 @@ def draw(plan: Any, path: Path) -> None:
 
 def judge(pipe: Any, args: argparse.Namespace, prompts: list[str], shared: dict[str, Any]) -> None:
     """Quality of all variants at all densities; the ones that matter most come first."""
-    from rows import append, read
+    from rows import read
 
     from patchkit.zoo import detect
 
-    done = {(r["variant"], r["density"]) for r in read(args.results) if r["what"] == shared["what"]}
+    rows = {(r["variant"], r["density"]): r for r in read(args.results) if r["what"] == shared["what"]}
+    done = {case for case, row in rows.items() if row["clips"] >= len(prompts)}
     plans = {density: plans_of(pipe, density, args) for density in args.densities}
     draw(plans[args.densities[0]][REORDERED], args.picture)
     masses = unseen_mass(pipe, plans[args.densities[0]], prompts[:2], args)
@@ -224,22 +231,33 @@ def judge(pipe: Any, args: argparse.Namespace, prompts: list[str], shared: dict[
     if ("dense", 1.0) not in done:
         scores = rights([detect.score(video, prompt) for prompt, video in references])
         row = {"variant": "dense", "density": 1.0, "right": scores, "clips": len(references)}
-        append(args.results, shared | row)
+        put(args.results, shared | row)
     names = list(variants_of(plans[args.densities[0]], 1.0, args))
     wanted = [(n, d) for some in (names[:4], names[4:]) for d in args.densities for n in some]
     for name, density in [case for case in wanted if case not in done][: args.rows]:
         recipe, options, used = variants_of(plans[density], density, args)[name]
-        row = row_of(measure(pipe, recipe, options, references, args))
+        kept = args.folder / f"{name.replace(' ', '-').replace(',', '')}-{density}-{args.steps}-{args.block_size}.json"
+        row = row_of(measure(pipe, recipe, options, references, args, kept))
         if used is not None:
             row["kept_mass_unseen"] = round(held(plans[density][used], masses[used]), 4)
         head = {"variant": name, "density": density, "block_size": args.block_size}
-        append(args.results, shared | head | row)
-        print(json.dumps({**head, **{n: row[n] for n in ("psnr_db", "ssim", "right")}}), flush=True)
+        put(args.results, shared | head | row)
+        print(json.dumps({**head, **{n: row[n] for n in ("clips", "psnr_db", "ssim", "right")}}), flush=True)
+
+
+def put(path: Path, row: dict[str, Any]) -> None:
+    """Add a row in the place of one of the same variant and density."""
+    from rows import read
+
+    key = ("what", "variant", "density")
+    others = [r for r in read(path) if [r[k] for k in key] != [row[k] for k in key]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*others, row]))
 
 
 def main() -> None:
     import torch
-    from rows import RESULTS, append, conditions
+    from rows import RESULTS, conditions
 
     from patchkit import zoo
     from patchkit.zoo import world
@@ -269,7 +287,7 @@ def main() -> None:
     shared = conditions() | {"what": "paro on zoo/video", "shape": SHAPE, "steps": args.steps, "select": args.select}
     if args.time:
         for row in timed(pipe, prompts[0], args):
-            append(args.results, shared | {"what": "seconds of paro on zoo/video", "block_size": args.block_size} | row)
+            put(args.results, shared | {"what": "seconds of paro on zoo/video", "block_size": args.block_size} | row)
         return
     if not args.resume:
         args.results.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from patchkit.sites import Site
 __all__ = ["Facts", "Paro", "PermutePlan", "PlanError", "calibrate", "import_plan"]
 
 Next = Callable[[AttentionCall], Tensor]
+MOST = 4  # layouts of a module at a time: branches can have text of two lengths, each with its padding
 Object = Annotated[InstanceOf[PermutePlan], WithJsonSchema({"type": "string"})]
 
 
@@ -53,6 +54,8 @@ class Paro(Recipe):
         pv: the same for probabilities and values, or ``"fp8"``.
         warmup_steps: dense steps at the start, as a share of the run (float) or their number (int); 0 as in the paper.
         dense_below: heads that keep less than this share of their mass run dense (*ours*; 0.9 is a careful choice).
+        skip_text_quant: what touches text is not rounded, as in the authors' simulation: image queries attend to text
+            and image apart, and the two are joined. Text is here every block that holds some.
         skip_empty: heads whose image tokens hardly attend to image tokens compute text only; needs text.
     """
 
@@ -61,6 +64,7 @@ class Paro(Recipe):
     pv: Literal["none", "int8", "int4", "fp8"] = "none"
     warmup_steps: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] = 0
     dense_below: Annotated[float, Field(ge=0, le=1)] = 0.0
+    skip_text_quant: bool = False
     skip_empty: bool = False
 
     summary: ClassVar[str] = "reorders the tokens of each head and skips blocks by a plan made once; 16, 8 or 4 bits"
@@ -70,6 +74,19 @@ class Paro(Recipe):
     families: ClassVar[tuple[str, ...]] = ("diffusers",)
     models: ClassVar[tuple[str, ...]] = ("hunyuanvideo", "cogvideox", "wan", "mochi", "ltx", "flux", "sd3")
     uses_heads: ClassVar[bool] = True
+
+    def validate(self) -> None:
+        """Nothing is spared where nothing is rounded."""
+        if self.skip_text_quant and not self._rounds:
+            raise InvalidOption(
+                "nothing is rounded, so text cannot be spared",
+                f"recipe {self.name!r}, option 'skip_text_quant'",
+                "give qk or pv, or leave it off",
+            )
+
+    @property
+    def _rounds(self) -> bool:
+        return self.qk != "none" or self.pv != "none"
 
     # --- options ----------------------------------------------------------------------------------------------
 
@@ -106,13 +123,19 @@ class Paro(Recipe):
     def prepare(self, target: Any, sites: list[Site]) -> None:
         """Refuse a plan that was made for another model or scheduler."""
         scheduler = getattr(target, "scheduler", None)
-        components = {site.component for site in sites}
-        models = {name: type(unwrap(getattr(target, name, target))).__name__ for name in components}
+        blocks = {site.component: site.layers for site in sites}
+        models = {name: (type(unwrap(getattr(target, name, target))).__name__, n) for name, n in blocks.items()}
         self.table.check_target(models, None if scheduler is None else type(scheduler).__name__)
         if self.skip_empty and not all(self.table.facts.text):
             raise InvalidOption(
                 "without text, a head without image keys has nothing to attend to",
                 f"recipe {self.name!r}, option 'skip_empty'",
+                "leave it off for this model",
+            )
+        if self.skip_text_quant and not any(n is None or n for n in self.table.facts.text):
+            raise InvalidOption(
+                "there is no text among the tokens of these attentions",
+                f"recipe {self.name!r}, option 'skip_text_quant'",
                 "leave it off for this model",
             )
 
@@ -157,10 +180,10 @@ class Paro(Recipe):
         valid = runtime.lengths(call)
         if isinstance(valid, str):
             return _dense(call, next, valid)
-        codes, layout = self._layout(call, plan, row, bucket_of(call.step, total, plan.buckets), geometry, valid)
+        codes, layouts = self._layout(call, plan, row, bucket_of(call.step, total, plan.buckets), geometry, valid)
         call.ledger.count("sparse")
         with call.ledger.time("sparse", call.q.device):
-            return runtime.attend(call, codes, geometry, layout, self.qk, self.pv)
+            return runtime.attend(call, codes, geometry, layouts, self.qk, self.pv)
 
     def _layout(
         self,
@@ -170,21 +193,22 @@ class Paro(Recipe):
         bucket: int,
         geometry: Geometry,
         valid: tuple[int, ...] | None,
-    ) -> tuple[tuple[int, ...], kernels.BlockLayout]:
-        """Orders and layout of this call; both guidance branches share them until the bucket's mask changes."""
-        place = call.site.component, call.site.name
-        key = (plan.facts.masks[bucket], geometry, valid, call.q.device)
-        kept = call.shared.get(place)
-        if kept is None or kept[0] != key:
+    ) -> tuple[tuple[int, ...], runtime.Layouts]:
+        """Orders and layouts of this call; both guidance branches share them until the bucket's mask changes."""
+        number = plan.facts.masks[bucket]
+        key = (number, geometry, valid, call.q.device)
+        known = call.shared.setdefault((call.site.component, call.site.name), {})
+        if key not in known:
+            for old in [k for k in known if k[0] != number or len(known) >= MOST]:
+                del known[old]
             heads = self.head_numbers().resolve(call.q.shape[1])
             choice = runtime.choice_of(plan, row, bucket, heads, self.dense_below, self.skip_empty)
-            layout = runtime.make_layout(choice, geometry, valid, call.q.device)
-            dense = int(choice.keep.flatten(1).all(-1).sum())
-            kept = call.shared[place] = (key, choice, layout, dense)
-        _, choice, layout, dense = kept
+            layouts = runtime.make_layouts(choice, geometry, valid, call.q.device, self.skip_text_quant)
+            known[key] = choice, layouts, int(choice.keep.flatten(1).all(-1).sum())
+        choice, layouts, dense = known[key]
+        layout = layouts.whole
         if call.state.get("key") != key:
             call.state["key"] = key
-            number = plan.facts.masks[bucket]
             call.ledger.note(
                 density=choice.keep.float().mean((-1, -2)),
                 actual_density=layout.listed.sum(-1) / (layout.n_q * layout.n_k),
@@ -193,11 +217,11 @@ class Paro(Recipe):
                 dense_heads=dense,
             )
             self._say_path(call, layout)
-        return choice.codes, layout
+        return choice.codes, layouts
 
     def _say_path(self, call: AttentionCall, layout: kernels.BlockLayout) -> None:
         """Note which kernels are used, and warn where they are not expected to pay."""
-        if self.qk != "none" or self.pv != "none":
+        if self._rounds:
             form = kernels.Format(self.qk, self.pv)
             name, reason = kernels.quantised.quantised_path(call.q, layout, form)
             call.ledger.note(path=f"{name}: {reason}")

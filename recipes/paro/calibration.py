@@ -26,7 +26,7 @@ from patchkit.recipes.paro.figures import FIGURES, MassFigures, OrderFigures, Se
 from patchkit.recipes.paro.geometry import Geometry
 from patchkit.recipes.paro.observing import Observe
 from patchkit.recipes.paro.plan import Facts, PermutePlan
-from patchkit.recipes.paro.settings import Scope, Settings, refuse
+from patchkit.recipes.paro.settings import Scope, Settings, described, refuse
 
 Progress = Callable[[int, int, str], None]
 
@@ -135,7 +135,9 @@ class Calibration:
             )
         self.pipe, self.prompts, self.settings, self.call = pipe, prompts, settings, call
         self.selection, self.folder, self.progress = selection, folder, progress
-        self.seen, self.names = Seen(), ()
+        self.seen = Seen()
+        self.names: tuple[str, ...] = ()
+        self.layers: dict[str, int] = {}
         self.done = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._claim()
@@ -162,6 +164,7 @@ class Calibration:
         with patchkit.apply(self.pipe, Observe(watcher=watcher, **self.selection)), torch.no_grad():
             self.pipe(prompt=self.prompts[number], **call)
         self.names = tuple(site.full_name for site in watcher.sites)
+        self.layers = {site.component: site.layers for site in watcher.sites}
 
     def _step(self, what: str) -> None:
         self.done += 1
@@ -234,7 +237,7 @@ class Calibration:
         mine = {
             "settings": {n: v for n, v in vars(self.settings).items() if n not in free},
             "prompts": self.prompts,
-            "call": {n: repr(v) for n, v in sorted(self.call.items())},
+            "call": {n: described(v) for n, v in sorted(self.call.items())},
             "selection": self.selection,
             "pipeline": type(self.pipe).__name__,
         }
@@ -257,6 +260,7 @@ class Calibration:
         assert geometry is not None
         facts = {
             "names": self.names,
+            "layers": self.layers,
             "geometry": [geometry.tokens, list(geometry.grid), geometry.start, geometry.block],
             "total": self.seen.total,
             "text": {str(row): sorted(found) for row, found in self.seen.text.items()},
@@ -268,7 +272,7 @@ class Calibration:
 
         facts = json.loads((self.folder / f"seen-{number}.json").read_text())
         tokens, grid, start, block = facts["geometry"]
-        self.names, self.seen.total = tuple(facts["names"]), facts["total"]
+        self.names, self.layers, self.seen.total = tuple(facts["names"]), facts["layers"], facts["total"]
         self.seen.geometry = Geometry(tokens, Grid(*grid), start, block)
         for row, found in facts["text"].items():
             self.seen.text.setdefault(int(row), set()).update(found)
@@ -282,6 +286,7 @@ class Calibration:
         return Facts(
             sites=self.names,
             models={name: type(unwrap(getattr(self.pipe, name, self.pipe))).__name__ for name in components},
+            layers=self.layers,
             grid=(geometry.grid.frames, geometry.grid.height, geometry.grid.width),
             text=tuple(found[0] if len(found) == 1 else None for found in lengths),
             text_first=geometry.text_first,

@@ -28,8 +28,8 @@ def import_plan(
 
     Args:
         permute: file with ``permute`` int [L, H] (codes 0 to 5) and ``empty`` bool [L, H].
-        sparse: file with ``sparse`` bool [T, L, H, n, n] over image blocks, or a bare tensor of that form whose blocks
-            of text in front are cut off.
+        sparse: file with ``sparse`` bool [T, L, H, n, n] over image blocks, or a bare tensor of that form over all
+            blocks. Blocks of text in front and the ragged block at the end are always computed here: they are cut off.
         model: class of the denoiser, for instance ``"CogVideoXTransformer3DModel"``.
         grid: (F, H, W) in tokens.
         text: text tokens of the sequence.
@@ -47,23 +47,22 @@ def import_plan(
     empty = orders.get("empty") if isinstance(orders, dict) else None
     tokens = grid[0] * grid[1] * grid[2]
     start = text if text_first else 0
-    count = (start + tokens) // block - -(-start // block)
-    surplus = masks.shape[-1] - count
-    if (
-        masks.dim() != 5
-        or order.dim() != 2
-        or masks.shape[1:3] != order.shape
-        or surplus not in (0, -(-start // block))
-    ):
+    before, last = -(-start // block), (start + tokens) // block
+    count = last - before
+    front = before if isinstance(kept, Tensor) else 0  # a bare tensor is over all blocks
+    sizes = {front + count, front + count + ((start + tokens) % block > 0)}
+    alike = masks.dim() == 5 and order.dim() == 2 and masks.shape[1:3] == order.shape
+    if not alike or count < 1 or masks.shape[-1] not in sizes or masks.shape[-2] != masks.shape[-1]:
         raise PlanError(
-            f"orders {tuple(order.shape)} and masks {tuple(masks.shape)} are none of {count} image blocks",
+            f"orders {tuple(order.shape)} and masks {tuple(masks.shape)} are none of {count} whole image blocks",
             f"{permute}, {sparse}",
-            "check grid, text and block: masks are [T, L, H, n, n] with n whole image blocks",
+            f"check grid, text and block: masks are [T, L, H, n, n] with n = {' or '.join(map(str, sorted(sizes)))}",
         )
     L, T = order.shape[0], masks.shape[0]
     facts = Facts(
         sites=(),
         models={component: model},
+        layers={component: L},
         grid=grid,
         text=(text,) * L,
         text_first=text_first and text > 0,
@@ -72,7 +71,8 @@ def import_plan(
         steps=steps,
         options={"imported": [Path(permute).name, Path(sparse).name]},
     )
-    image = masks[..., surplus:, surplus:].bool()
+    here = slice(front, front + count)
+    image = masks[..., here, here].bool()
     return PermutePlan.from_masks(
         order.to(torch.uint8), image, facts, empty=None if empty is None else torch.as_tensor(empty).bool()
     )

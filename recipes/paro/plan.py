@@ -32,6 +32,7 @@ class Facts:
         sites: full names of the attention modules, one a row of the plan; empty in an imported plan, whose rows are
             the blocks of the denoiser in order.
         models: component -> class of the denoiser.
+        layers: component -> number of its blocks.
         grid: (F, H, W) in tokens.
         text: text tokens of each row's sequence; None where their number varied from call to call.
         text_first: whether text stands before the image.
@@ -46,6 +47,7 @@ class Facts:
 
     sites: tuple[str, ...]
     models: dict[str, str]
+    layers: dict[str, int]
     grid: tuple[int, int, int]
     text: tuple[int | None, ...]
     text_first: bool
@@ -153,13 +155,15 @@ class PermutePlan:
                 f"run {facts.steps} steps, or calibrate with num_inference_steps={total}",
             )
 
-    def check_target(self, models: dict[str, str], scheduler: str | None) -> None:
-        """Refuse another model or another scheduler."""
+    def check_target(self, models: dict[str, tuple[str, int]], scheduler: str | None) -> None:
+        """Refuse another model (class and number of blocks by component) or another scheduler."""
         facts = self.facts
-        for component, name in models.items():
-            wanted = facts.models.get(component)
+        for component, (name, layers) in models.items():
+            wanted, deep = facts.models.get(component), facts.layers.get(component)
             if wanted is not None and wanted != name:
                 self.refuse(f"it was made for a {wanted}, this is a {name}", component)
+            if deep is not None and deep != layers:
+                self.refuse(f"it was made for {deep} blocks, this {name} has {layers}", component)
         if scheduler is not None and facts.scheduler is not None and scheduler != facts.scheduler:
             self.refuse(
                 f"it was made for steps of {facts.scheduler}, the pipeline has a {scheduler}",

@@ -14,6 +14,7 @@ from patchkit.context import AttentionCall
 from patchkit.kernels.quantised import PV, QK
 from patchkit.recipes.paro.geometry import Geometry
 from patchkit.recipes.paro.plan import PermutePlan
+from patchkit.recipes.paro.text_apart import attend_apart, image_layout
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,22 @@ def choice_of(
     return Choice(codes, keep, empty)
 
 
-def make_layout(
-    choice: Choice, geometry: Geometry, valid: tuple[int, ...] | None, device: torch.device
-) -> kernels.BlockLayout:
+class Layouts(NamedTuple):
+    """What a call computes: of the whole sequence, and of the image alone where text is attended apart."""
+
+    whole: kernels.BlockLayout
+    image: kernels.BlockLayout | None
+    valid: tuple[int, ...] | None
+
+
+def make_layouts(
+    choice: Choice, geometry: Geometry, valid: tuple[int, ...] | None, device: torch.device, apart: bool
+) -> Layouts:
     """The kept image blocks among all blocks: those that touch text and the ragged end are always computed."""
     heads, first, last = choice.keep.shape[0], geometry.first, geometry.last
     blocks = torch.ones(1, heads, geometry.total, geometry.total, dtype=torch.bool)
     blocks[0, :, first:last, first:last] = choice.keep & ~choice.empty[:, None, None]
+    image = image_layout(blocks, geometry, valid, device) if apart and geometry.text else None
     made = kernels.BlockLayout.from_bool(
         blocks,
         block_q=geometry.block,
@@ -90,27 +100,30 @@ def make_layout(
         kv_len=geometry.tokens,
         kv_lens=None if valid is None else torch.tensor(valid, dtype=torch.int32),
     )
-    return made.to(device)
+    return Layouts(made.to(device), image, valid)
 
 
-def attend(
-    call: AttentionCall, codes: tuple[int, ...], geometry: Geometry, layout: kernels.BlockLayout, qk: QK, pv: PV
-) -> Tensor:
+def attend(call: AttentionCall, codes: tuple[int, ...], geometry: Geometry, layouts: Layouts, qk: QK, pv: PV) -> Tensor:
     """Attention over the kept blocks in every head's own order, renormalised over what is kept."""
-    q, k, v = call.q, call.k, call.v
+    q, k, v, layout = call.q, call.k, call.v, layouts.whole
     grid = geometry.grid.frames, geometry.grid.height, geometry.grid.width
     reorder = kernels.Reorder(codes, grid, geometry.start) if any(codes) else None
-    if qk != "none" or pv != "none":
+    if (qk != "none" or pv != "none") and layouts.image is None:
         return kernels.quantised_attention(q, k, v, layout, qk=qk, pv=pv, scale=call.scale, reorder=reorder)
-    if reorder is None:
+
+    def kept(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layouts.image is not None:
+            return attend_apart(q, k, v, geometry, layouts.image, layouts.valid, qk, pv, call.scale)
         return kernels.block_sparse_attention(q, k, v, layout, scale=call.scale)
+
+    if reorder is None:
+        return kept(q, k, v)
     if k.shape[1] == q.shape[1]:
         q, k, v = kernels.reorder_heads(q, k, v, codes=codes, grid=grid, start=geometry.start)
     else:  # orders are per query head, so every one of them needs keys of its own
         (q,) = kernels.reorder_heads(q, codes=codes, grid=grid, start=geometry.start)
         k, v = kernels.reorder_heads(k, v, codes=codes, grid=grid, start=geometry.start)
-    out = kernels.block_sparse_attention(q, k, v, layout, scale=call.scale)
-    return kernels.reorder_heads(out, codes=codes, grid=grid, start=geometry.start, inverse=True)[0]
+    return kernels.reorder_heads(kept(q, k, v), codes=codes, grid=grid, start=geometry.start, inverse=True)[0]
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from torch import Tensor
 
 from patchkit.errors import InvalidOption
 from patchkit.recipes.paro import scoring
@@ -54,3 +57,18 @@ class Settings:
 def refuse(name: str, value: Any, wanted: str) -> None:
     """Raise :class:`InvalidOption`."""
     raise InvalidOption(f"{name} is {value!r}", f"calibrate, option {name!r}", f"give {wanted}")
+
+
+def described(value: Any) -> str:
+    """A call's argument as text that is the same in another process: of pictures and tensors what is in them."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().float().numpy()
+    if hasattr(value, "tobytes"):
+        size = tuple(value.shape if hasattr(value, "shape") else value.size)
+        return f"{type(value).__name__} {size} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(described(v) for v in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{n}: {described(v)}' for n, v in sorted(value.items()))}}}"
+    plain = type(value).__repr__ is not object.__repr__ and not callable(value)
+    return repr(value) if plain else getattr(value, "__qualname__", type(value).__qualname__)

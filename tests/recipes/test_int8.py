@@ -10,7 +10,7 @@ import torch
 
 import patchkit
 from patchkit.context import AttentionCall
-from patchkit.errors import Conflict, InvalidOption
+from patchkit.errors import Conflict, InvalidOption, PatchkitError
 from patchkit.recipes.int8 import Int8, packed_keys
 from patchkit.sites import Site
 
@@ -108,6 +108,8 @@ def test_refusals():
         Int8(qk="none")
     with pytest.raises(InvalidOption, match="'qk'"):
         Int8(qk="int3")
+    with pytest.raises(PatchkitError, match="not for transformers"):
+        patchkit.apply(tiny.MODELS["llama"].build(), Int8())
     with pytest.raises(Conflict, match="both replace"):
         patchkit.apply(pipeline("wan21"), [Int8(), patchkit.registry.get("adaspa")()])
 

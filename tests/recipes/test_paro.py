@@ -25,6 +25,7 @@ SIZES = {
     "ltx": {"height": 32, "width": 96},
     "flux": {"height": 32, "width": 48},
     "sd3": {"height": 64, "width": 48},
+    "sd35": {"height": 64, "width": 48},
 }
 STEPS = 4
 
@@ -187,7 +188,7 @@ def test_masks_change_with_the_bucket():
 
         run("wan21", callback_on_step_end=callback)
         run("wan21", callback_on_step_end=callback)
-    assert [d == 1.0 for d in used] == [True, True, True, False] * 2  # a second video begins anew
+    assert [d == 1.0 for d in used] == [True, True, False, False] * 2  # a second video begins anew
 
 
 def test_warm_up_is_dense():
@@ -263,11 +264,12 @@ def test_a_plan_is_needed_and_has_to_be_one(tmp_path):
         ({"steps": 7}, {}, "it was made for 7 steps, this run has 4"),
         ({"text_first": False}, {}, "the other end"),
         ({"block": 8}, {}, "masks have"),
+        ({"text": (None, None), "text_first": True}, {"max_sequence_length": 20}, "masks have"),
     ],
 )
 def test_a_plan_for_something_else_is_refused_with_the_reason(facts, call, words):
     plan = changed(plan_of("cogvideox"), **facts)
-    call = {"height": 128} if call else {}
+    call = {"height": 128} if "height" in call else call
     with patchkit.apply(pipeline("cogvideox"), "paro", plan=plan), pytest.raises(PlanError, match=words):
         run("cogvideox", **call)
     assert torch.equal(run("cogvideox"), reference("cogvideox"))
@@ -279,6 +281,12 @@ def test_a_plan_for_another_model_or_scheduler_is_refused():
     other = changed(plan_of("wan21"), models={"transformer": "AnotherModel"})
     with pytest.raises(PlanError, match="made for a AnotherModel"):
         patchkit.apply(pipeline("wan21"), "paro", plan=other)
+    with pytest.raises(PlanError, match="made for 3 blocks, this"):
+        patchkit.apply(pipeline("wan21"), "paro", plan=changed(plan_of("wan21"), layers={"transformer": 3}))
+    plan, more = plan_of("wan21"), [0, 1, 1]
+    wide = PermutePlan.from_masks(plan.order[:, more], plan.masks[:, :, more], plan.facts)
+    with pytest.raises(NothingMatched, match="the plan has 3 heads"):
+        patchkit.apply(pipeline("wan21"), "paro", plan=wide)
     with pytest.raises(PlanError, match="scheduler"):
         patchkit.apply(pipeline("wan21"), "paro", plan=changed(plan_of("wan21"), scheduler="Another"))
     assert not patchkit.status(pipeline("wan21"))["patched"]
@@ -329,10 +337,55 @@ def test_with_softpag():
     assert not torch.allclose(sparse, wanted, atol=1e-3)
 
 
+def test_dual_attention_has_a_row_with_text_and_one_without():
+    """Stable Diffusion 3.5: blocks with a second attention over the image alone."""
+    plan = plan_of("sd35")
+    named = dict(zip(plan.facts.sites, plan.facts.text, strict=True))
+    assert len(named) == 3
+    assert {name.rpartition(".")[2] for name, text in named.items() if text == 0} == {"attn2"}
+    assert {text for name, text in named.items() if name.endswith(".attn")} == {93}
+    with patchkit.apply(pipeline("sd35"), "paro", plan=plan, qk="int8", skip_text_quant=True) as patch:
+        assert bool(run("sd35").isfinite().all())
+        assert all(row["counts"]["sparse"] == row["calls"] for row in rows_of(patch))
+
+
+def test_text_can_be_left_unrounded():
+    whole = complete(plan_of("cogvideox"))
+    found = {}
+    for spare in (False, True):
+        options = {"plan": whole, "qk": "int4", "pv": "int4", "skip_text_quant": spare}
+        with patchkit.apply(pipeline("cogvideox"), "paro", **options):
+            found[spare] = float((run("cogvideox") - reference("cogvideox")).norm())
+    assert 0 < found[True] < found[False]
+    with pytest.raises(InvalidOption, match="text cannot be spared"):
+        patchkit.apply(pipeline("cogvideox"), "paro", plan=whole, skip_text_quant=True)
+    with pytest.raises(InvalidOption, match="there is no text"):
+        patchkit.apply(pipeline("wan21"), "paro", plan=plan_of("wan21"), qk="int8", skip_text_quant=True)
+
+
+def test_cross_attention_and_the_rest_are_not_touched():
+    """Oracle 14."""
+    pipe = pipeline("wan21")
+    before = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
+    with patchkit.apply(pipe, "paro", plan=plan_of("wan21")) as patch:
+        run("wan21")
+        after = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
+        assert {row["site"] for row in rows_of(patch)} == {n for n in before if n.endswith("attn1")}
+    assert all(after[n] is before[n] for n in before if n.endswith("attn2"))
+    assert not any(hasattr(m, "processor") and "patchkit" in repr(m.processor) for m in pipe.vae.modules())
+
+
 def test_wan22_has_rows_for_both_of_its_denoisers():
     plan = plan_of("wan22")
     assert {name.partition(".")[0] for name in plan.facts.sites} == {"transformer", "transformer_2"}
-    assert set(plan.facts.models) == {"transformer", "transformer_2"}
+    assert set(plan.facts.models) == set(plan.facts.layers) == {"transformer", "transformer_2"}
+    with patchkit.apply(pipeline("wan22"), "paro", plan=plan) as patch:
+        run("wan22")
+        calls = {}
+        for row in rows_of(patch):
+            calls.setdefault(row["component"], set()).add(row["counts"]["sparse"])
+    assert {name: len(c) for name, c in calls.items()} == {"transformer": 1, "transformer_2": 1}
+    assert sum(next(iter(c)) for c in calls.values()) == STEPS  # each step runs one of them
 
 
 # --- calibration --------------------------------------------------------------------------------------------

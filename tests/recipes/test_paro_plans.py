@@ -15,6 +15,7 @@ from patchkit.recipes.paro import Facts, PermutePlan, PlanError, import_plan
 from patchkit.recipes.paro.buckets import bucket_of, mask_numbers
 from patchkit.recipes.paro.packing import pack, unpack
 from patchkit.recipes.paro.scoring import choose, incoherence, kept_share, scores, skippable
+from patchkit.recipes.paro.settings import described
 from patchkit.recipes.paro.thresholds import Threshold, find_threshold, forced_blocks, kept_mass, mask_at, masks_of
 
 GRID = (8, 16, 16)
@@ -205,6 +206,7 @@ def facts(**changes):
     known = {
         "sites": ("t.0", "t.1"),
         "models": {"transformer": "A"},
+        "layers": {"transformer": 2},
         "grid": (4, 8, 8),
         "text": (16, 16),
         "text_first": True,
@@ -286,24 +288,69 @@ def test_the_authors_files_are_read(tmp_path):
     with_text = torch.ones(4, 2, 3, 17, 17, dtype=torch.bool)
     with_text[..., 1:, 1:] = masks
     assert torch.equal(official(tmp_path, with_text)[1].masks, masks)
-    with pytest.raises(PlanError, match="are none of 16 image blocks"):
+    with pytest.raises(PlanError, match="are none of 16 whole image blocks"):
         official(tmp_path, masks[..., :9, :9])
 
 
+@pytest.mark.parametrize(
+    ("grid", "text", "size", "bare", "front"),
+    [
+        ((13, 30, 45), 226, 274, False, 0),  # CogVideoX: image blocks, the ragged last one among them
+        ((13, 30, 45), 226, 278, True, 4),  # the same with the blocks of text in front
+        ((21, 45, 80), 0, 1182, False, 0),  # Wan 2.1 in 720p: no text, 1181.25 blocks
+    ],
+)
+def test_the_authors_masks_count_the_ragged_block(tmp_path, grid, text, size, bare, front):
+    masks = torch.rand(1, 1, 1, size, size, generator=torch.Generator().manual_seed(0)) < 0.4
+    torch.save({"permute": torch.tensor([[2]])}, tmp_path / "permute_plan.pth")
+    torch.save(masks if bare else {"sparse": masks}, tmp_path / "sparse_plan.pth")
+    files = tmp_path / "permute_plan.pth", tmp_path / "sparse_plan.pth"
+    plan = import_plan(*files, model="A", grid=grid, text=text)
+    n = (text + math.prod(grid)) // 64 - -(-text // 64)
+    assert plan.blocks == n == size - front - 1
+    assert torch.equal(plan.masks, masks[..., front : front + n, front : front + n])
+    assert plan.facts.text_first == (text > 0)
+
+
 class Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
     def __reduce__(self):
         import os
 
-        return os.system, ("touch /tmp/should-not-exist-paro",)
+        return os.mkdir, (str(self.mark),)
 
 
 def test_the_authors_files_cannot_run_code(tmp_path):
-    import os
-
-    torch.save({"permute": Evil()}, tmp_path / "permute_plan.pth")
+    mark, path = tmp_path / "executed", tmp_path / "permute_plan.pth"
+    torch.save({"permute": Evil(mark)}, path)
     with pytest.raises(PlanError, match="cannot be read"):
-        import_plan(tmp_path / "permute_plan.pth", tmp_path / "permute_plan.pth", model="A", grid=(1, 1, 1))
-    assert not os.path.exists("/tmp/should-not-exist-paro")
+        import_plan(path, path, model="A", grid=(1, 1, 1))
+    assert not mark.exists()
+    torch.load(path, weights_only=False)  # the file would have done it
+    assert mark.exists()
+
+
+def test_arguments_of_a_call_are_told_apart_by_what_is_in_them():
+    """What a folder of figures was made with is compared in other processes, where objects have other addresses."""
+    import numpy as np
+    from PIL import Image
+
+    def values(shade):
+        picture = Image.new("RGB", (4, 4), (shade, 0, 0))
+        return [
+            picture,
+            torch.full((2, 300), shade),
+            np.full(3, shade),
+            [picture, shade],
+            {"a": shade},
+            np.float32(shade),
+        ]
+
+    for one, same, other in zip(values(1), values(1), values(2), strict=True):
+        assert described(one) == described(same) != described(other)
+    assert "0x" not in described(object()) + described(torch.Generator()) + described(print) + described([object()])
 
 
 def test_masses_in_an_order_are_those_of_moved_rows_and_columns():
