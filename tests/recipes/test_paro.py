@@ -430,7 +430,40 @@ def test_a_stopped_calibration_goes_on_with_what_is_missing(tmp_path):
     assert torch.equal(resumed.order, whole.order)
     assert resumed.facts == whole.facts
     with pytest.raises(InvalidOption, match="other settings"):
-        make_plan("wan21", density=0.2, **options)
+        make_plan("wan21", alpha=0.2, **options)
+    with pytest.raises(InvalidOption, match="other settings"):
+        make_plan("wan21", density=0.2, select="kept_mass", **options)
+    with pytest.raises(InvalidOption, match="other call"):
+        make_plan("wan21", guidance_scale=2.5, **options)
+
+
+def test_a_calibration_stopped_in_the_middle_of_a_run_ends_in_the_same_plan(tmp_path, monkeypatch):
+    from patchkit.recipes.paro.figures import MassFigures
+
+    see, calls = MassFigures.see, []
+
+    def stopping(self, *args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        see(self, *args)
+
+    monkeypatch.setattr(MassFigures, "see", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        make_plan("wan21", folder=tmp_path)
+    resumed, whole = make_plan("wan21", folder=tmp_path), plan_of("wan21")
+    for name in ("order", "bits", "kept_mass", "density", "empty"):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
+
+
+def test_another_density_is_cut_from_the_same_figures(tmp_path, monkeypatch):
+    make_plan("wan21", folder=tmp_path)
+    monkeypatch.setattr(type(pipeline("wan21")), "__call__", lambda *a, **k: pytest.fail("no run is needed"))
+    again = make_plan("wan21", density=0.6, scope="global", folder=tmp_path)
+    monkeypatch.undo()
+    fresh = make_plan("wan21", density=0.6, scope="global")
+    assert torch.equal(again.masks, fresh.masks)
+    assert float(again.density.mean()) == pytest.approx(0.6, abs=1 / again.blocks)
 
 
 def test_a_patched_pipeline_and_bad_options_are_refused():
