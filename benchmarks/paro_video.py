@@ -233,7 +233,7 @@ def judge(pipe: Any, args: argparse.Namespace, prompts: list[str], shared: dict[
         row = {"variant": "dense", "density": 1.0, "right": scores, "clips": len(references)}
         put(args.results, shared | row)
     names = list(variants_of(plans[args.densities[0]], 1.0, args))
-    wanted = [(n, d) for some in (names[:4], names[4:]) for d in args.densities for n in some]
+    wanted = [(n, d) for some in (names[:3], names[3:4], names[4:]) for d in args.densities for n in some]
     for name, density in [case for case in wanted if case not in done][: args.rows]:
         recipe, options, used = variants_of(plans[density], density, args)[name]
         kept = args.folder / f"{name.replace(' ', '-').replace(',', '')}-{density}-{args.steps}-{args.block_size}.json"

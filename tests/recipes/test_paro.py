@@ -47,6 +47,7 @@ def reference(name):
 def make_plan(name, density=0.4, prompts=tiny.PROMPT, **extra):
     entry = tiny.PIPELINES[name]
     call = {n: v for n, v in entry.arguments(**SIZES[name]).items() if n not in ("prompt", "output_type", "generator")}
+    call = {n: v for n, v in call.items() if n not in extra}
     pipeline(name).set_progress_bar_config(disable=True)
     options = {"num_inference_steps": STEPS, "buckets": 2, "block_size": 16, "order_steps": 1} | extra
     return calibrate(pipeline(name), prompts, density, **options, **call)
