@@ -46,6 +46,13 @@ class Options(BaseModel):
     folder: str | None = Field(default=None, description="where figures are kept; beside the plan if left out")
 
 
+def check(call: JobCall) -> None:
+    """Refuse a missing recipe, plan or prompt before the model is loaded."""
+    _recipe(call)
+    if call.options.prompts is None:
+        _prompts(call)
+
+
 def run(call: JobCall) -> JobResult:
     """Calibrate, and write the plan. Stopped, it goes on with the prompts that are missing."""
     options: Options = call.options
@@ -141,4 +148,5 @@ JOB = Job(
     "(PAROAttention, arXiv 2506.16054.)",
     Options,
     run,
+    check,
 )

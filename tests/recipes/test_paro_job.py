@@ -101,9 +101,15 @@ def test_says_what_is_missing(tmp_path, pipe):
     job, call = call_of(tmp_path, pipe, recipes=())
     with pytest.raises(InvalidOption, match="where its plan goes"):
         job.run(call)
+    with pytest.raises(InvalidOption, match="where its plan goes"):
+        job.check(call)
     job, call = call_of(tmp_path, pipe, inputs={n: v for n, v in INPUTS.items() if n != "prompt"})
     with pytest.raises(InvalidOption, match="no prompt"):
         job.run(call)
+    with pytest.raises(InvalidOption, match="no prompt"):
+        job.check(call)
+    job, call = call_of(tmp_path, None, inputs={}, prompts=["a red circle"])
+    job.check(call)
 
 
 def test_the_section_is_part_of_recipe_files(tmp_path):
