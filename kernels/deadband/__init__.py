@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..errors import refuse_gradient, type_error, value_error
 from .blocked import dead_band_blocked
 
@@ -53,6 +54,11 @@ def dead_band(
     if not N:
         return k.clone(), torch.zeros(B, H, 0, dtype=torch.int32, device=k.device)
     limit = thresholds(theta, k, WHERE)
+    if gpu.obstacle(k.device) is None:
+        from .triton import dead_band_triton, unsupported
+
+        if unsupported(k) is None:
+            return dead_band_triton(k, limit, reference, start)
     return dead_band_blocked(k, limit, reference, start)
 
 

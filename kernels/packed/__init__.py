@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..errors import refuse_gradient, type_error, value_error
 from ..runs import Packed
 from .blocked import packed_attention_blocked
@@ -57,6 +58,11 @@ def packed_attention(
     _check(q, packed, used, k, v, exact_from, chunk, first)
     refuse_gradient(WHERE, q=q, k=k, v=v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if gpu.obstacle(q.device) is None:
+        from . import triton
+
+        if triton.unsupported(q, v, chunk) is None:
+            return triton.packed_attention_triton(q, packed, used, k, v, exact_from, chunk, first, scale)
     return packed_attention_blocked(q, packed, used, k, v, exact_from, chunk, first, scale)
 
 

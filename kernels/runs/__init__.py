@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..deadband import thresholds
 from ..errors import refuse_gradient, type_error, value_error
 from .blocked import find_runs_blocked, pack_runs_blocked
@@ -77,6 +78,11 @@ def find_runs(
     limit = thresholds(theta, k, where, lowest=-1.0 if metric == "cosine" else 0.0)
     if not k.shape[2]:
         return torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device)
+    if gpu.obstacle(k.device) is None:
+        from .triton import find_runs_triton, unsupported
+
+        if unsupported(k) is None:
+            return find_runs_triton(k, limit, metric, chunk, single, first)
     return find_runs_blocked(k, limit, metric, chunk, single, first)
 
 
@@ -106,4 +112,9 @@ def pack_runs(k: Tensor, v: Tensor, begins: Tensor, *, mean_keys: bool = False) 
     if begins.dtype != torch.bool:
         raise type_error(f"begins is {begins.dtype}", where, "Pass a bool tensor.")
     refuse_gradient(where, k=k, v=v)
+    if k.shape[2] and gpu.obstacle(k.device) is None:
+        from .triton import pack_runs_triton, unsupported
+
+        if unsupported(k) is None and unsupported(v) is None:
+            return Packed(*pack_runs_triton(k, v, begins, mean_keys))
     return Packed(*pack_runs_blocked(k, v, begins, mean_keys))
