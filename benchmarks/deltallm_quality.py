@@ -1,11 +1,12 @@
-"""DeltaLLM's element mode on Gemma 3 270M: perplexity against the paper's sparsity.
+"""DeltaLLM on Gemma 3 270M: perplexity against sparsity and kept rows, ablations, rivals, continuations.
 
     python benchmarks/deltallm_quality.py                  everything that results/deltallm_quality.jsonl lacks
     python benchmarks/deltallm_quality.py --seconds 150    as much of it as begins within that time
 
 Perplexity is that of tokens 1,024 to 2,047 of the text that ships with the project (no model has read it), each
 predicted from all tokens before it in one forward. Thresholds are calibrated on tokens 2,048 and later, which are not
-predicted.
+predicted. Elements mode works on all 18 layers, runs mode and what it is compared with on the 3 that attend to
+everything. What a variant is: see :func:`variants` and deltallm_rivals.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from deltallm_rivals import Rival
 from rows import RESULTS, append, conditions, read
 
 import patchkit
@@ -28,73 +30,124 @@ from patchkit.recipes.deltallm import DeltaLLM
 from patchkit.recipes.deltallm.calibration import keys_of, thresholds
 
 TOKENS, PREDICTED = 2048, 1024
-TARGETS = (0.3, 0.5, 0.7)
+PROMPT, CONTINUED, PLACES = 1024, 64, (0, 900, 1800)
+RIVALS = ("runs", "evict", "merge, counted", "merge", "no window", "first value")
+One = dict[str, Any]
 
 
-def variants() -> list[dict[str, Any]]:
-    """What to measure."""
-    found: list[dict[str, Any]] = [{"variant": "dense"}]
-    return found + [{"variant": "elements", "target": t, "window_kind": "block"} for t in TARGETS]
+def variants() -> list[One]:
+    """What to measure, the questions that matter most first.
+
+    ``rival`` rows say how many rows a query reads (``kept``), so they stand beside each other at equal cache bytes; of
+    these ``runs`` is the recipe's own rule. ``shared``: one threshold for all layers, at the same mean sparsity.
+    """
+    runs: One = {"variant": "runs", "metric": "euclidean", "target": 0.5}
+    elements: One = {"variant": "elements", "target": 0.5, "window_kind": "block"}
+    found: list[One] = [{"variant": "dense"}, elements]
+    found += [{**runs, "metric": m} for m in ("euclidean", "max", "cosine")]
+    found += [_rival(how, 0.5) for how in RIVALS]
+    found += [{"variant": "continuation", "mode": "runs", "target": 0.5}]
+    found += [_rival(how, target) for target in (0.7, 0.85) for how in RIVALS[:3]]
+    found += [{**runs, "run_key": "mean"}, {**runs, "shared": True}, {**runs, "window_kind": "block"}]
+    found += [{**elements, "target": 0.3}, {**elements, "target": 0.7}, {**elements, "shared": True}]
+    found += [{**elements, "window_kind": "sliding"}, {**elements, "window": 0}]
+    found += [_rival("no window", 0.7), _rival("first value", 0.7)]
+    return [*found, {"variant": "continuation", "mode": "elements", "target": 0.5}]
+
+
+def _rival(how: str, target: float) -> One:
+    return {"variant": "rival", "how": how, "metric": "euclidean", "target": target}
 
 
 class Bench:
     """The model, its text, and the thresholds that have been found."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, thetas: Path) -> None:
         self.model, tokenizer = zoo.load("zoo/gemma", torch_dtype=torch.float32)
         self.ids = tokenizer(zoo.prose(), return_tensors="pt").input_ids
-        self.known: dict[str, dict[str, Any]] = {}
-        self.thetas: Path = args.thetas
+        self.file = thetas
+        self.known: dict[str, One] = {row["key"]: row["options"] for row in read(thetas)}
         self.keys: list[list[torch.Tensor]] = []
+        self.dense: torch.Tensor | None = None
+        self.plain: list[list[int]] = []
 
-    def options(self, one: dict[str, Any]) -> dict[str, Any]:
+    def options(self, one: One) -> One:
         """Options with calibrated thresholds."""
-        setting: dict[str, Any] = {"mode": "elements", "window_kind": one["window_kind"]}
-        key = str((setting, one["target"]))
-        if key not in self.known:
-            for row in read(self.thetas):
-                self.known[row["key"]] = row["options"]
+        elements = one["variant"] == "elements"
+        setting: One = {"mode": "elements"} if elements else {"metric": one["metric"]}
+        setting |= {k: one[k] for k in ("window_kind", "window") if k in one}
+        key = str((setting, one["target"])) + (" shared" if one.get("shared") else "")
         if key not in self.known:
             if not self.keys:  # of all layers, for every setting
                 self.keys = keys_of(self.model, [self.ids[:, TOKENS:]], DeltaLLM(mode="elements"))
             recipe = DeltaLLM(**setting)
-            found = {**setting, "theta": thresholds(self.keys, recipe, one["target"])}
-            self.known[key] = found
-            append(self.thetas, {"key": key, "options": found})
+            keys = [mine if elements or layer % 6 == 5 else [] for layer, mine in enumerate(self.keys)]
+            if one.get("shared"):
+                (theta,) = thresholds([[k for mine in keys for k in mine]], recipe, one["target"])
+                self.known[key] = {**setting, "theta": theta}
+            else:
+                self.known[key] = {**setting, "theta": thresholds(keys, recipe, one["target"])}
+            append(self.file, {"key": key, "options": self.known[key]})
         return self.known[key]
 
+    def recipe(self, one: One) -> Any:
+        options = self.options(one)
+        if one["variant"] == "rival":
+            return Rival(how=one["how"], theta=options["theta"], metric=one["metric"])
+        more: One = {} if one["variant"] == "elements" else {"min_tokens": 0, "run_key": one.get("run_key", "first")}
+        return DeltaLLM(**options, **more)
+
     @torch.no_grad()
-    def perplexity(self) -> dict[str, Any]:
+    def losses(self) -> torch.Tensor:
         ids = self.ids[:, :TOKENS]
         logits = self.model(ids, use_cache=False, logits_to_keep=PREDICTED + 1).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.float(), ids[0, -PREDICTED:], reduction="none").double()
-        return {"perplexity": round(math.exp(float(losses.mean())), 4), "losses": losses}
+        return torch.nn.functional.cross_entropy(logits.float(), ids[0, -PREDICTED:], reduction="none").double()
 
-    def row(self, one: dict[str, Any], dense: torch.Tensor | None) -> dict[str, Any]:
+    def row(self, one: One) -> One:
+        if self.dense is None:  # what every other row is compared with, token by token
+            self.dense = self.losses()
         if one["variant"] == "dense":
-            return self.perplexity()
-        options = self.options(one)
-        recipe = DeltaLLM(**options)
+            return {"perplexity": round(math.exp(float(self.dense.mean())), 4)}
+        recipe = self.recipe(one)
         with patchkit.apply(self.model, recipe) as patch:
-            out = self.perplexity()
+            losses = self.losses()
             means = patch.report()["recipes"][0]["means"]
-        out |= {k: round(v, 4) for k, v in means.items() if k in ("sparsity", "unchanged")}
-        out["theta"] = options["theta"]
-        if dense is not None:
-            change = out["losses"] - dense
-            out["loss_change"] = round(float(change.mean()), 5)
-            out["loss_change_error"] = round(float(change.std()) / math.sqrt(len(change)), 5)
-        return out
+        out: One = {"perplexity": round(math.exp(float(losses.mean())), 4)}
+        out |= {k: round(v, 4) for k, v in means.items() if k in ("sparsity", "unchanged", "removed", "kept")}
+        change = losses - self.dense
+        out["loss_change"] = round(float(change.mean()), 5)
+        out["loss_change_error"] = round(float(change.std()) / math.sqrt(len(change)), 5)
+        return out | {"theta": recipe.theta}
+
+    def continuations(self, recipe: Any = None) -> list[list[int]]:
+        """Greedy ones, one a prompt."""
+        run: One = {"max_new_tokens": CONTINUED, "min_new_tokens": CONTINUED, "do_sample": False}
+
+        def all_of() -> list[list[int]]:
+            return [self.model.generate(self.ids[:, at : at + PROMPT], **run)[0, PROMPT:].tolist() for at in PLACES]
+
+        if recipe is None:
+            return all_of()
+        with patchkit.apply(self.model, recipe):
+            return all_of()
+
+    def continued(self, one: One) -> One:
+        """How long each continuation is dense's, and how many of its tokens are."""
+        self.plain = self.plain or self.continuations()
+        setting: One = {"variant": one["mode"], "target": one["target"]}
+        setting |= {"metric": "euclidean"} if one["mode"] == "runs" else {"window_kind": "block"}
+        pairs = list(zip(self.plain, self.continuations(self.recipe(setting)), strict=True))
+        same = [[x == y for x, y in zip(a, b, strict=True)] for a, b in pairs]
+        until = [row.index(False) if False in row else len(row) for row in same]
+        return {"same_until": until, "same": [round(sum(row) / len(row), 3) for row in same], "prompt": PROMPT}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so many")
-    parser.add_argument("--calibrate", action="store_true", help="only find the thresholds")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS / "deltallm_quality.jsonl")
     parser.add_argument("--thetas", type=Path, default=RESULTS / "deltallm_thetas.jsonl")
-    parser.add_argument("--losses", type=Path, default=Path("dense-losses.pt"), help="of the dense model, kept here")
     args = parser.parse_args()
     begun = time.monotonic()
     torch.set_num_threads(args.threads)
@@ -102,20 +155,14 @@ def main() -> int:
     pending = [one for one in variants() if one not in done]
     if not pending:
         return 0
-    bench = Bench(args)
-    dense = torch.load(args.losses) if args.losses.is_file() else None
-    for one in pending if args.calibrate else ():
-        if "target" in one:
-            print(one, bench.options(one), flush=True)
-    for one in pending if not args.calibrate else ():
+    bench = Bench(args.thetas)
+    for one in pending:
         if time.monotonic() - begun > args.seconds:
             return 0
-        found = bench.row(one, dense)
-        if one["variant"] == "dense":
-            dense = found["losses"]
-            torch.save(dense, args.losses)
-        found.pop("losses")
-        row = conditions("cpu") | {"model": "zoo/gemma", "dtype": "fp32", "tokens": TOKENS, "predicted": PREDICTED}
+        continuing = one["variant"] == "continuation"
+        found = bench.continued(one) if continuing else bench.row(one)
+        row = conditions("cpu") | {"model": "zoo/gemma", "dtype": "fp32"}
+        row |= {} if continuing else {"tokens": TOKENS, "predicted": PREDICTED}
         append(args.out, row | one | found | {"asked": list(one)})
         print(one, {k: v for k, v in found.items() if k != "theta"}, flush=True)
     return 0

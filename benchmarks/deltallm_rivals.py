@@ -33,14 +33,14 @@ class Rival(Recipe):
     Args:
         how: ``runs`` (as the recipe), ``first value`` (a run keeps its first token's value, not the mean),
             ``no window`` (a query sees the shared keys of everything, itself included), ``merge`` (the most similar
-            neighbours share mean key and mean value, without a count), ``evict`` (first tokens and recent ones, as
-            many rows as runs).
+            neighbours share mean key and mean value, without a count), ``merge, counted`` (with one), ``evict`` (first
+            tokens and recent ones, as many rows as runs).
         theta: threshold a layer.
         metric: of the runs.
         window: exact tokens.
     """
 
-    how: Literal["runs", "first value", "no window", "merge", "evict"] = "runs"
+    how: Literal["runs", "first value", "no window", "merge", "merge, counted", "evict"] = "runs"
     theta: list[float] = None  # type: ignore[assignment]
     metric: Literal["max", "euclidean", "cosine"] = "max"
     window: int | float = 0.05
@@ -56,17 +56,18 @@ class Rival(Recipe):
         border = Border(Window(self.window, "sliding"), CHUNK)
         exact = [border.exact_from(b, n) for b in range(-(-n // CHUNK))]
         begins = kernels.find_runs(k, self.theta[call.site.layer], metric=self.metric, chunk=CHUNK, single=4)
-        seen = _rows_seen(begins, exact, n)
+        seen = _rows_seen(begins, [n] * len(exact) if self.how == "no window" else exact, n)
         call.ledger.note(kept=float((seen / torch.arange(1, n + 1)).mean()), removed=1 - float(begins.float().mean()))
         if self.how == "evict":
             return _evicted(q, k, v, seen, call.scale)
         if self.how == "no window":
             return _shared_everywhere(q, k, v, begins, call.scale)
         past = exact[-1]
-        if self.how == "merge":
+        merging = self.how.startswith("merge")
+        if merging:
             begins = _most_similar(k, begins)
         begins = begins[:, :, :past]
-        packed = kernels.pack_runs(k[:, :, :past], v[:, :, :past], begins, mean_keys=self.how == "merge")
+        packed = kernels.pack_runs(k[:, :, :past], v[:, :, :past], begins, mean_keys=merging)
         if self.how == "first value":
             packed = packed._replace(values=_first_values(v, begins, packed))
         if self.how == "merge":
@@ -79,6 +80,7 @@ def _rows_seen(begins: Tensor, exact: list[int], n: int) -> Tensor:
     """How many rows each query reads, averaged over the heads, (N,)."""
     at = torch.arange(n)
     start = torch.tensor(exact)[at // CHUNK]
+    start = start.minimum(at + 1)
     upto = F.pad(begins.float().mean((0, 1)).cumsum(-1), (1, 0))
     return upto[start] + (at - start + 1)
 

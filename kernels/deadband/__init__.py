@@ -54,12 +54,21 @@ def dead_band(
     if not N:
         return k.clone(), torch.zeros(B, H, 0, dtype=torch.int32, device=k.device)
     limit = thresholds(theta, k, WHERE)
-    if gpu.obstacle(k.device) is None:
-        from .triton import dead_band_triton, unsupported
+    if triton_obstacle(k) is None:
+        from .triton import dead_band_triton
 
-        if unsupported(k) is None:
-            return dead_band_triton(k, limit, reference, start)
+        return dead_band_triton(k, limit, reference, start)
     return dead_band_blocked(k, limit, reference, start)
+
+
+def triton_obstacle(k: Tensor) -> str | None:
+    """Why plain torch takes a call and not the Triton kernel; None when the kernel does."""
+    found = gpu.obstacle(k.device)
+    if found is None:
+        from .triton import unsupported
+
+        found = unsupported(k)
+    return found
 
 
 def thresholds(theta: float | Tensor, k: Tensor, where: str, lowest: float = 0.0) -> Tensor:

@@ -58,12 +58,21 @@ def packed_attention(
     _check(q, packed, used, k, v, exact_from, chunk, first)
     refuse_gradient(WHERE, q=q, k=k, v=v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if gpu.obstacle(q.device) is None:
-        from . import triton
+    if triton_obstacle(q, k, chunk, len(exact_from)) is None:
+        from .triton import packed_attention_triton
 
-        if triton.unsupported(q, v, chunk) is None:
-            return triton.packed_attention_triton(q, packed, used, k, v, exact_from, chunk, first, scale)
+        return packed_attention_triton(q, packed, used, k, v, exact_from, chunk, first, scale)
     return packed_attention_blocked(q, packed, used, k, v, exact_from, chunk, first, scale)
+
+
+def triton_obstacle(q: Tensor, k: Tensor, chunk: int, blocks: int) -> str | None:
+    """Why plain torch takes a call with queries in so many blocks and not the Triton kernels; None when they do."""
+    found = gpu.obstacle(q.device)
+    if found is None:
+        from .triton import unsupported
+
+        found = unsupported(q, k, chunk, blocks)
+    return found
 
 
 def _check(

@@ -1,17 +1,17 @@
-"""Launching the packed-attention kernels: tiles, splits, and the forms that the compile gate goes through."""
+"""Launching the packed-attention kernels: tiles and splits."""
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ..gpu import Variant, launching
+from ..gpu import launching
 from ..runs import Packed
 from .triton_decode import decode_kernel, merge_kernel
 from .triton_kernels import prefill_kernel
@@ -19,6 +19,7 @@ from .triton_kernels import prefill_kernel
 LOG2E = 1.4426950408889634
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 LARGEST_HEAD = {2: 256, 4: 64}  # by bytes per number: the three TF32 products of fp32 take more registers
+SHORTEST_CHUNK = 32  # tiles of 16 rows spill in some forms
 FEW = 64  # rows of a group's heads and queries that decode in one tile
 SPLIT_KEYS = 256  # keys that a split has at least
 WAVES = 2  # programs a multiprocessor gets at least, where there are keys enough to split
@@ -55,9 +56,11 @@ def prefill_tile(D: int, bytes_per: int, chunk: int) -> Tile:
     """Tile of the prefill; a chunk smaller than the table's tile is one."""
     tile = PREFILL[padded(D), bytes_per]
     rows = min(tile.rows, chunk)
+    keys = tile.keys if rows == tile.rows else min(tile.keys, 32)  # fewer warps hold less of the logits
     # The mask over the padding of D takes the registers of the third stage's addresses.
     stages = tile.stages if padded(D) == D else min(tile.stages, 2)
-    return Tile(rows, tile.keys, min(tile.warps, max(1, rows // 16) * (2 if padded(D) > 128 else 1)), stages)
+    # A warp holds 16 rows of a product; for a few rows four warps share its columns, and with them the accumulator.
+    return Tile(rows, keys, min(tile.warps, max(4, rows // (8 if padded(D) > 128 else 16))), stages)
 
 
 def decode_tile(D: int, bytes_per: int, rows: int) -> Tile:
@@ -65,18 +68,28 @@ def decode_tile(D: int, bytes_per: int, rows: int) -> Tile:
     rows = max(16, triton.next_power_of_2(rows))
     wide = padded(D) > 128
     if bytes_per == 4:
-        return Tile(rows, 16, 4, 2)
+        return Tile(rows, 32 if rows <= 32 else 16, 4, 2)
     return Tile(rows, 32 if wide or rows > 32 else 64, 4 if rows <= 32 or not wide else 8, 2 if wide else 3)
 
 
-def unsupported(q: Tensor, v: Tensor, chunk: int) -> str | None:
+def partial_keys(D: int, tile: Tile) -> int:
+    """Keys of a step at the diagonal or at a ragged end: its masks take registers."""
+    return min(tile.keys, 32 if padded(D) <= 64 else 16)
+
+
+def decodes(q: Tensor, k: Tensor, blocks: int) -> bool:
+    """Whether all heads of a group, with all queries, fit one tile: then the keys are split instead of the queries."""
+    return blocks == 1 and q.shape[1] // k.shape[1] * q.shape[2] <= FEW
+
+
+def unsupported(q: Tensor, k: Tensor, chunk: int, blocks: int) -> str | None:
     """What these kernels cannot do of a call, or None."""
     if q.dtype not in TYPES:
         return f"no kernel for {q.dtype}"
     if q.shape[-1] > LARGEST_HEAD[q.element_size()]:
         return f"head size {q.shape[-1]} in {q.dtype} needs more registers than there are"
-    if chunk < 16 or chunk & (chunk - 1):
-        return f"chunks of {chunk} are not powers of two from 16"
+    if not decodes(q, k, blocks) and (chunk < SHORTEST_CHUNK or chunk & (chunk - 1)):
+        return f"chunks of {chunk} are not powers of two from {SHORTEST_CHUNK}"
     return None
 
 
@@ -97,7 +110,7 @@ def packed_attention_triton(
     used = used.contiguous()
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
     with launching(q.device):
-        if len(exact_from) == 1 and q.shape[1] // k.shape[1] * q.shape[2] <= FEW:
+        if decodes(q, k, len(exact_from)):
             _decode(q, packed, used, k, v, exact_from[0] - (first + q.shape[2] - k.shape[2]), scale, out)
         else:
             _prefill(q, packed, used, k, v, exact_from, chunk, first, scale, out)
@@ -143,6 +156,7 @@ def _prefill(
         CHUNK=chunk,
         BM=tile.rows,
         BN=tile.keys,
+        BP=partial_keys(D, tile),
         PRECISION=_precision(q),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -179,6 +193,7 @@ def _decode(q: Tensor, packed: Packed, used: Tensor, k: Tensor, v: Tensor, low: 
         D_PAD=padded(D),
         BM=tile.rows,
         BN=tile.keys,
+        BP=partial_keys(D, tile),
         PRECISION=_precision(q),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -215,67 +230,3 @@ def _splits(keys: int, items: int, device: torch.device) -> int:
 def _precision(x: Tensor) -> str:
     """How fp32 is multiplied: three TF32 products on NVIDIA; AMD and the interpreter have plain fp32."""
     return "tf32x3" if x.device.type == "cuda" and torch.version.hip is None else "ieee"
-
-
-def variants() -> list[Variant]:
-    """Every form of launch for the shapes that matter."""
-    prefill = [
-        (64, torch.bfloat16, 128),
-        (64, torch.float16, 32),
-        (80, torch.bfloat16, 128),
-        (128, torch.bfloat16, 128),
-        (256, torch.bfloat16, 128),
-        (64, torch.float32, 128),
-    ]
-    decode = [
-        (64, torch.bfloat16, 4),
-        (128, torch.float16, 40),
-        (80, torch.bfloat16, 8),
-        (256, torch.bfloat16, 4),
-        (64, torch.float32, 4),
-    ]
-    merge = [(80, torch.float16), (256, torch.bfloat16)]
-    found = [_prefill_variant(*form) for form in prefill] + [_decode_variant(*form) for form in decode]
-    return found + [_merge_variant(*form) for form in merge]
-
-
-def _types(kernel: Any, dtype: torch.dtype) -> tuple[dict[str, str], frozenset[str]]:
-    """Types of all run-time arguments, and which of them need not be multiples of 16."""
-    types: dict[str, str] = {}
-    for name in kernel.arg_names:
-        if name in ("part_ptr", "lse_ptr"):
-            types[name] = "*fp32"
-        elif name in ("count_ptr", "used_ptr", "from_ptr"):
-            types[name] = "*i32"
-        elif name.endswith("_ptr"):
-            types[name] = TYPES[dtype]
-        elif name == "scale2":
-            types[name] = "fp32"
-        elif not name.isupper():
-            types[name] = "i32"
-    loose = {n for n in types if types[n] == "i32" and n.rpartition("_")[2] not in ("b", "h", "n")}
-    # Counts of a head may begin anywhere: their number differs from call to call.
-    return types, frozenset(loose | {"c_b", "c_h", "used_s"})
-
-
-def _prefill_variant(D: int, dtype: torch.dtype, chunk: int) -> Variant:
-    tile = prefill_tile(D, dtype.itemsize, chunk)
-    types, loose = _types(prefill_kernel, dtype)
-    constants = {"D": D, "D_PAD": padded(D), "CHUNK": chunk, "BM": tile.rows, "BN": tile.keys, "PRECISION": "tf32x3"}
-    name = f"packed prefill D{D} {TYPES[dtype][1:]} chunk {chunk}"
-    return Variant(name, prefill_kernel, types, constants, tile.warps, tile.stages, loose=loose)
-
-
-def _decode_variant(D: int, dtype: torch.dtype, rows: int) -> Variant:
-    tile = decode_tile(D, dtype.itemsize, rows)
-    types, loose = _types(decode_kernel, dtype)
-    constants = {"D": D, "D_PAD": padded(D), "BM": tile.rows, "BN": tile.keys, "PRECISION": "tf32x3"}
-    name = f"packed decode D{D} {TYPES[dtype][1:]} rows {rows}"
-    return Variant(name, decode_kernel, types, constants, tile.warps, tile.stages, loose=loose)
-
-
-def _merge_variant(D: int, dtype: torch.dtype) -> Variant:
-    types, loose = _types(merge_kernel, dtype)
-    constants = {"D": D, "D_PAD": padded(D), "BM": 16}
-    name = f"packed merge D{D} {TYPES[dtype][1:]}"
-    return Variant(name, merge_kernel, types, constants, 1 if D <= 128 else 2, 1, pipelined=False, loose=loose)

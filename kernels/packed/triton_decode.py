@@ -49,6 +49,7 @@ def decode_kernel(
     D_PAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (splits, B * Hkv): one block of few queries, all heads of a group in one tile of BM rows.
@@ -84,6 +85,7 @@ def decode_kernel(
         D,
         D_PAD,
         BN,
+        BP,
         PRECISION,
     )
     step = (exact - low + splits - 1) // splits
@@ -106,6 +108,7 @@ def decode_kernel(
         D,
         D_PAD,
         BN,
+        BP,
         PRECISION,
     )
     empty = den == 0

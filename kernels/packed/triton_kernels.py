@@ -17,10 +17,14 @@ import triton.language as tl
 @triton.jit
 def _load(head, start, stride, stop, D: tl.constexpr, D_PAD: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr):
     """(BN, D_PAD) rows ``start``.. of a head; past ``stop`` (if RAGGED) and past D they are 0."""
-    row, col = start + tl.arange(0, BN), tl.arange(0, D_PAD)
-    at = head + row.to(tl.int64)[:, None] * stride + col[None, :]
+    row, col = tl.arange(0, BN), tl.arange(0, D_PAD)
+    # One 64-bit number a tile; offsets inside it are small. 64-bit offsets a row take the registers of a stage.
+    at = head + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + col[None, :])
     if RAGGED:
-        return tl.load(at, mask=(row < stop)[:, None] & (col < D)[None, :], other=0.0)
+        inside = start + row < stop
+        if D == D_PAD:
+            return tl.load(at, mask=inside[:, None], other=0.0)
+        return tl.load(at, mask=inside[:, None] & (col < D)[None, :], other=0.0)
     if D == D_PAD:
         return tl.load(at)
     return tl.load(at, mask=(col < D)[None, :], other=0.0)
@@ -57,6 +61,7 @@ def walk_runs(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BN: tl.constexpr,
+    BP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Packed rows low..high, each of which holds a run."""
@@ -67,10 +72,10 @@ def walk_runs(
         bias = tl.log2(tl.load(counts + start + tl.arange(0, BN)).to(tl.float32))
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 + bias[None, :]
         m, den, acc = _step(s, v, m, den, acc, PRECISION, False)
-    if whole < high:
-        row = whole + tl.arange(0, BN)
-        k = _load(k_head, whole, stride_k, high, D, D_PAD, BN, True)
-        v = _load(v_head, whole, stride_v, high, D, D_PAD, BN, True)
+    for start in tl.range(whole, high, BP, num_stages=1):
+        row = start + tl.arange(0, BP)
+        k = _load(k_head, start, stride_k, high, D, D_PAD, BP, True)
+        v = _load(v_head, start, stride_v, high, D, D_PAD, BP, True)
         bias = tl.log2(tl.load(counts + row, mask=row < high, other=1).to(tl.float32))
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 + bias[None, :]
         s = tl.where((row < high)[None, :], s, float("-inf"))
@@ -96,6 +101,7 @@ def walk_exact(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BN: tl.constexpr,
+    BP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Exact rows low..high: those before ``free`` are seen by every query, from there on query i sees up to last[i]."""
@@ -105,10 +111,10 @@ def walk_exact(
         v = _load(v_head, start, stride_v, high, D, D_PAD, BN, False)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
         m, den, acc = _step(s, v, m, den, acc, PRECISION, False)
-    for start in tl.range(whole, high, BN, num_stages=1):
-        row = start + tl.arange(0, BN)
-        k = _load(k_head, start, stride_k, high, D, D_PAD, BN, True)
-        v = _load(v_head, start, stride_v, high, D, D_PAD, BN, True)
+    for start in tl.range(whole, high, BP, num_stages=1):
+        row = start + tl.arange(0, BP)
+        k = _load(k_head, start, stride_k, high, D, D_PAD, BP, True)
+        v = _load(v_head, start, stride_v, high, D, D_PAD, BP, True)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
         s = tl.where((row < high)[None, :] & (row[None, :] <= last[:, None]), s, float("-inf"))
         m, den, acc = _step(s, v, m, den, acc, PRECISION, True)
@@ -158,6 +164,7 @@ def prefill_kernel(
     CHUNK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (blocks * CHUNK / BM, B * H). ``used`` is (blocks, B, Hkv), ``from`` (blocks,); ``begin`` is the position of
@@ -198,6 +205,7 @@ def prefill_kernel(
         D,
         D_PAD,
         BN,
+        BP,
         PRECISION,
     )
     low = tl.load(from_ptr + block) - begin
@@ -219,6 +227,7 @@ def prefill_kernel(
         D,
         D_PAD,
         BN,
+        BP,
         PRECISION,
     )
     out = acc / tl.where(den == 0, 1.0, den)[:, None]

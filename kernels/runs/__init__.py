@@ -78,11 +78,10 @@ def find_runs(
     limit = thresholds(theta, k, where, lowest=-1.0 if metric == "cosine" else 0.0)
     if not k.shape[2]:
         return torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device)
-    if gpu.obstacle(k.device) is None:
-        from .triton import find_runs_triton, unsupported
+    if triton_obstacle(k) is None:
+        from .triton import find_runs_triton
 
-        if unsupported(k) is None:
-            return find_runs_triton(k, limit, metric, chunk, single, first)
+        return find_runs_triton(k, limit, metric, chunk, single, first)
     return find_runs_blocked(k, limit, metric, chunk, single, first)
 
 
@@ -112,9 +111,18 @@ def pack_runs(k: Tensor, v: Tensor, begins: Tensor, *, mean_keys: bool = False) 
     if begins.dtype != torch.bool:
         raise type_error(f"begins is {begins.dtype}", where, "Pass a bool tensor.")
     refuse_gradient(where, k=k, v=v)
-    if k.shape[2] and gpu.obstacle(k.device) is None:
-        from .triton import pack_runs_triton, unsupported
+    if k.shape[2] and triton_obstacle(k, v) is None:
+        from .triton import pack_runs_triton
 
-        if unsupported(k) is None and unsupported(v) is None:
-            return Packed(*pack_runs_triton(k, v, begins, mean_keys))
+        return Packed(*pack_runs_triton(k, v, begins, mean_keys))
     return Packed(*pack_runs_blocked(k, v, begins, mean_keys))
+
+
+def triton_obstacle(*tensors: Tensor) -> str | None:
+    """Why plain torch takes keys, or keys and values, and not the Triton kernel; None when the kernel does."""
+    found = gpu.obstacle(tensors[0].device)
+    if found is None:
+        from .triton import unsupported
+
+        found = next((reason for x in tensors if (reason := unsupported(x)) is not None), None)
+    return found

@@ -17,7 +17,12 @@ OPERATORS = {
     "merge_states",
     "row_topk",
     "dead_band",
+    "find_runs",
+    "pack_runs",
     "packed_attention",
+    "class_attention",
+    "redistribute",
+    "redistribute, decoding",
 }
 
 

@@ -115,10 +115,11 @@ def problem(B, H, Hkv, tokens, queries, chunk, back, D, dtype):
 @pytest.mark.parametrize(
     ("B", "H", "Hkv", "tokens", "queries", "chunk", "back", "D"),
     [
-        (1, 2, 1, 63, 63, 16, 1, 64),
+        (1, 4, 1, 63, 63, 32, 0, 64),
         (2, 2, 2, 100, 30, 32, 0, 20),
-        (1, 1, 1, 16, 16, 16, 1, 64),
+        (1, 1, 1, 32, 32, 32, 1, 64),
         (1, 1, 1, 90, 70, 64, 0, 80),
+        (1, 2, 1, 150, 23, 32, 1, 128),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -150,6 +151,19 @@ def test_decode(kernels, close, monkeypatch, queries, splits, dtype):
     out = kernels.packed_attention(strided(q), packed, used, strided(k), strided(v), exact, **more)
     clean = packed._replace(keys=packed.keys.nan_to_num(), values=packed.values.nan_to_num())
     close(out, packed_attention_reference(q, clean, used, k, v, exact, **more))
+
+
+def test_what_the_packed_kernels_do_not_take(kernels):
+    """Short or odd chunks only where the queries do not fit one tile; fp32 only as far as the registers go."""
+    from patchkit.kernels.packed import triton_obstacle
+
+    q, k = torch.zeros(1, 8, 40, 64), torch.zeros(1, 2, 40, 64)
+    assert triton_obstacle(q, k, 64, 1) is None
+    assert "chunks of 16" in triton_obstacle(q, k, 16, 3)
+    assert "chunks of 48" in triton_obstacle(q, k, 48, 1)
+    assert triton_obstacle(q[:, :, :1], k, 16, 1) is None
+    assert "head size 80" in triton_obstacle(torch.zeros(1, 1, 1, 80), torch.zeros(1, 1, 1, 80), 64, 1)
+    assert "float64" in triton_obstacle(q.double(), k.double(), 64, 1)
 
 
 def test_splits_fill_the_card_and_none_is_tiny(kernels):
