@@ -8,7 +8,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from patchkit.evaluation import gallery, plots, table
+from patchkit.evaluation import gallery, plots, sweeps, table
 from patchkit.evaluation.columns import columns
 from patchkit.evaluation.request import Request
 from patchkit.evaluation.store import Store
@@ -117,6 +117,7 @@ def _plots(summary: Mapping[str, Any], request: Request) -> str:
                     _plot(f"{title}, against seconds", plots.scatter(points, "seconds", title, percent=key == "right")),
                 )
             )
+    found += _curves(summary)
     groups = [
         (c.title, [(name, n, figure) for name, n, figure in table.estimates(summary, c.key)])
         for c in table.shown(summary, request.world)
@@ -126,6 +127,23 @@ def _plots(summary: Mapping[str, Any], request: Request) -> str:
     if groups:
         drawn.insert(0, _plot("right, by attribute", plots.bars(groups, "right, by attribute")))
     return f'<h2>Plots</h2><div class="plots">{"".join(drawn)}</div>' if drawn else ""
+
+
+def _curves(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where the variants differ in one number: the figures over it, and the unpatched model's across."""
+    found = sweeps.sweep(summary["variants"])
+    if found is None:
+        return []
+    option, values = found
+    drawn = []
+    for key, title in (("right", "all right"), ("psnr", "PSNR to dense, dB")):
+        known = table.estimates(summary, key)
+        points = [(name, n, values[name], figure) for name, n, figure in known if name in values]
+        across = next(((name, n, figure) for name, n, figure in known if name not in values), None)
+        if len(points) >= sweeps.LEAST:
+            svg = plots.curve(points, across, option, title, percent=key == "right")
+            drawn.append((key, _plot(f"{title}, over {option}", svg)))
+    return drawn
 
 
 def _plot(title: str, svg: str) -> str:

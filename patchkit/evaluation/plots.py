@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 WIDTH = 420  # in pixels of the drawing, which is about a phone's width: text stays readable there
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 14, 12, 40
 _ROW, _GAP, _NAME = 17, 12, 110
+_HEIGHT = 260
 
+Place = Callable[[float], float]
 Estimate = Mapping[str, Any]  # value, low, high
 
 
@@ -36,17 +39,8 @@ def scatter(
         y_title: what stands over the plot.
         percent: whether y are shares.
     """
-    height = 260
     xs, ys = _range([p[2] for p in points], from_zero=True), _range([p[3] for p in points], shares=percent)
-    place_x = lambda v: _LEFT + (v - xs[0]) / (xs[1] - xs[0]) * (WIDTH - _LEFT - _RIGHT)  # noqa: E731
-    place_y = lambda v: height - _BOTTOM - (v - ys[0]) / (ys[1] - ys[0]) * (height - _BOTTOM - _TOP)  # noqa: E731
-    parts = []
-    for tick in ticks(*xs):
-        parts.append(_line(place_x(tick), _TOP, place_x(tick), height - _BOTTOM, "grid"))
-        parts.append(_text(place_x(tick), height - _BOTTOM + 15, f"{tick:g}", "middle"))
-    for tick in ticks(*ys):
-        parts.append(_line(_LEFT, place_y(tick), WIDTH - _RIGHT, place_y(tick), "grid"))
-        parts.append(_text(_LEFT - 6, place_y(tick) + 4, f"{100 * tick:g}%" if percent else f"{tick:g}", "end"))
+    place_x, place_y, parts = _axes(xs, ys, percent)
     labels = _apart([place_y(p[3]["value"]) for p in points])
     for (name, number, x, y), label in zip(points, labels, strict=True):
         px, py = place_x(x["value"]), place_y(y["value"])
@@ -59,8 +53,67 @@ def scatter(
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5"/>')
         right = px < WIDTH * 0.6
         parts.append(_text(px + (9 if right else -9), label - 5, name, "start" if right else "end", "name") + "</g>")
-    parts.append(_text((_LEFT + WIDTH) / 2, height - 6, x_title, "middle"))
-    return _svg(height, parts, f"{y_title} against {x_title}")
+    parts.append(_text((_LEFT + WIDTH) / 2, _HEIGHT - 6, x_title, "middle"))
+    return _svg(_HEIGHT, parts, f"{y_title} against {x_title}")
+
+
+def curve(
+    points: Sequence[tuple[str, int, float, Estimate]],
+    reference: tuple[str, int, Estimate] | None,
+    x_title: str,
+    y_title: str,
+    percent: bool = False,
+) -> str:
+    """A figure over a number, with intervals, joined by a line.
+
+    Args:
+        points: (name, number of its colour, x, y).
+        reference: (name, number of its colour, y) of what has no such number, drawn across; None = there is none.
+        x_title: under the axis.
+        y_title: what stands over the plot.
+        percent: whether y are shares.
+    """
+    points = sorted(points, key=lambda p: p[2])
+    known = [p[3] for p in points] + ([reference[2]] if reference else [])
+    xs = _range([{"value": p[2], "low": None, "high": None} for p in points])
+    ys = _range(known, shares=percent)
+    place_x, place_y, parts = _axes(xs, ys, percent)
+    if reference:
+        name, number, y = reference
+        py = place_y(y["value"])
+        parts.append(f'<g class="v{number}"><title>{escape(f"{name}: {_numbers(y)} {y_title}")}</title>')
+        parts.append(
+            _line(_LEFT, py, WIDTH - _RIGHT, py, "whisker") + _text(WIDTH - _RIGHT, py - 5, name, "end", "name")
+        )
+        parts.append("</g>")
+    places = [(place_x(x), place_y(y["value"])) for _, _, x, y in points]
+    parts += [_line(*start, *end, "joint") for start, end in pairwise(places)]
+    for (name, number, _, y), (px, py) in zip(points, places, strict=True):
+        parts.append(f'<g class="v{number}"><title>{escape(f"{name}: {_numbers(y)} {y_title}")}</title>')
+        if y["low"] is not None:
+            parts.append(_line(px, place_y(max(ys[0], y["low"])), px, place_y(min(ys[1], y["high"])), "whisker"))
+        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5"/></g>')
+    parts.append(_text((_LEFT + WIDTH) / 2, _HEIGHT - 6, x_title, "middle"))
+    return _svg(_HEIGHT, parts, f"{y_title} over {x_title}")
+
+
+def _axes(xs: tuple[float, float], ys: tuple[float, float], percent: bool) -> tuple[Place, Place, list[str]]:
+    """Where values of x and y lie, and the grid with its numbers."""
+
+    def place_x(v: float) -> float:
+        return _LEFT + (v - xs[0]) / (xs[1] - xs[0]) * (WIDTH - _LEFT - _RIGHT)
+
+    def place_y(v: float) -> float:
+        return _HEIGHT - _BOTTOM - (v - ys[0]) / (ys[1] - ys[0]) * (_HEIGHT - _BOTTOM - _TOP)
+
+    parts = []
+    for tick in ticks(*xs):
+        parts.append(_line(place_x(tick), _TOP, place_x(tick), _HEIGHT - _BOTTOM, "grid"))
+        parts.append(_text(place_x(tick), _HEIGHT - _BOTTOM + 15, f"{tick:g}", "middle"))
+    for tick in ticks(*ys):
+        parts.append(_line(_LEFT, place_y(tick), WIDTH - _RIGHT, place_y(tick), "grid"))
+        parts.append(_text(_LEFT - 6, place_y(tick) + 4, f"{100 * tick:g}%" if percent else f"{tick:g}", "end"))
+    return place_x, place_y, parts
 
 
 def bars(groups: Sequence[tuple[str, Sequence[tuple[str, int, Estimate]]]], title: str) -> str:

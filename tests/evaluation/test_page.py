@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from patchkit.evaluation import gallery, pictures, plots, table
+from patchkit.evaluation import gallery, pictures, plots, sweeps, table
+from patchkit.evaluation import page as page_of
 from patchkit.evaluation.store import Store
 
 VOID = {"meta", "img", "circle", "line", "rect", "br"}
@@ -189,6 +190,51 @@ def test_plots_are_sound_svg():
     widths = [float(a["width"]) for a in bars.all("rect") if "class" not in a]
     assert widths[1] == pytest.approx(2 * widths[0])
     assert Page(plots.scatter([("a", 0, estimate(0.0), estimate(3.0))], "x", "y")).all("circle")
+
+
+def test_a_curve_joins_its_points_in_order_and_has_dense_across():
+    points = [("c", 3, 1.0, estimate(0.9)), ("a", 1, 0.25, estimate(0.5, 0.2, 0.8)), ("b", 2, 0.5, estimate(0.7))]
+    drawn = Page(plots.curve(points, ("<dense>", 0, estimate(0.4)), "strength", "all right", percent=True))
+    joints = drawn.all("line", **{"class": "joint"})
+    assert len(drawn.all("circle")) == 3
+    assert [float(j["x1"]) < float(j["x2"]) for j in joints] == [True, True]
+    assert [float(j["y1"]) > float(j["y2"]) for j in joints] == [True, True]
+    across = next(w for w in drawn.all("line", **{"class": "whisker"}) if w["y1"] == w["y2"])
+    assert float(across["y1"]) > float(joints[0]["y1"])
+    assert Page(plots.curve(points, None, "strength", "PSNR")).all("circle")
+
+
+def variants(*options, names=("softpag",)):
+    found = {"dense": {"recipes": []}}
+    for n, given in enumerate(options):
+        found[f"v{n}"] = {"recipes": [{"name": name, "options": given} for name in names]}
+    return found
+
+
+def test_what_is_a_sweep():
+    three = [{"scale": 3.0, "strength": s} for s in (0.25, 1, 0.5)]
+    assert sweeps.sweep(variants(*three)) == ("strength", {"v0": 0.25, "v1": 1, "v2": 0.5})
+    assert sweeps.sweep(variants(*three[:2])) is None
+    assert sweeps.sweep(variants(*three, {"scale": 2.0, "strength": 0.1})) is None, "two options differ"
+    assert sweeps.sweep(variants(*[{"strength": s} for s in ("a", "b", "c")])) is None
+    assert sweeps.sweep(variants(*[{"strength": s} for s in (True, False, True)])) is None
+    assert sweeps.sweep(variants(*[{"strength": 1.0}] * 3)) is None
+    assert sweeps.sweep(variants(*three, names=("a", "b"))) is None, "in both recipes"
+    other = variants(*three)
+    other["v1"]["recipes"][0]["name"] = "adaspa"
+    assert sweeps.sweep(other) is None
+
+
+def test_a_sweep_is_drawn(finished):
+    bench, comparison = finished
+    summary = json.loads(json.dumps(comparison.summary))
+    assert "over density" not in page_of._plots(summary, bench.request())
+    weak = json.loads(json.dumps(summary["variants"]["strong"]))
+    weak["recipes"][0]["options"]["density"] = 0.7
+    summary["variants"]["more"] = weak
+    drawn = page_of._plots(summary, bench.request())
+    assert "PSNR to dense, dB, over density" in drawn
+    assert "all right" not in drawn
 
 
 def test_a_ninth_variant_has_a_colour_that_is_not_denses():
