@@ -80,24 +80,7 @@ def _attend(
         constants |= {} if there else {name: None}
     constants |= {"v_d": 0} if form.pv == "none" else {"v_n": 0}
     types = {name: kind for name, kind in types.items() if name not in constants}
-    loose = frozenset(
-        [
-            "row_b",
-            "row_h",
-            "kv_width",
-            "q_groups",
-            "k_groups",
-            "heads",
-            "k_group",
-            "v_group",
-            "mean_group",
-            "n_q",
-            "q_len",
-            "kv_len",
-            "start",
-            "stop",
-        ]
-    )
+    loose = frozenset(LOOSE)
     flags = " ".join(n for n, on in (("lens", lens), ("reordered", reorder), (form.p_scale, form.pv != "none")) if on)
     name = f"quantised.attend D{D} {kind[1:]} {form.qk}-{form.pv} {block_q}x{block_k} {flags}".strip()
     targets = FP8_TARGETS if form.pv == "fp8" else ("sm80", "sm90", "sm120")
