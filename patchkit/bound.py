@@ -10,7 +10,7 @@ from patchkit.recipe_base import Recipe
 from patchkit.selection import StepWindow
 from patchkit.sites import Site
 
-Key = tuple[str, str, str, int]  # component, site, branch, op index
+Key = tuple[str, str, str, int]  # component, site, branch (states: and part), op index
 
 
 @dataclass(eq=False)
@@ -25,6 +25,7 @@ class Bound:
     window: StepWindow = field(init=False)
     states: dict[Key, dict[str, Any]] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)  # for all calls at all levels
+    carried: dict[Any, Any] = field(default_factory=dict)  # from the pipeline's call to those of the denoiser
     ledgers: dict[Key, Ledger] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,6 +58,7 @@ class Bound:
         """Hold nothing of the model any more: the handle of a removed patch may live on."""
         self.sites = []
         self.clear()
+        self.carried.clear()
         self.ledgers.clear()
 
     def covers(self, component: str) -> bool:

@@ -41,10 +41,10 @@ def _around_attend(bound: Bound, inner: Attend) -> Attend:
         if not window.contains(moment.step, moment.total):
             return inner(call)
         site = call.site
-        key = (site.component, site.name, moment.branch, call.index)
-        ledger = bound.ledger(key)
+        ledger = bound.ledger((site.component, site.name, moment.branch, call.index))
         ledger.calls += 1
-        given = call.replace(state=bound.state(key), shared=bound.shared, ledger=ledger, prepared=bound.prepared)
+        state = bound.state((site.component, site.name, moment.place, call.index))
+        given = call.replace(state=state, shared=bound.shared, ledger=ledger, prepared=bound.prepared)
         out = recipe.attend(given, inner)
         expected = (*call.q.shape[:-1], call.v.shape[-1])
         if not isinstance(out, Tensor) or out.shape != expected:
@@ -65,10 +65,10 @@ def around_denoise(bound: Bound, component: str, inner: Denoise) -> Denoise:
     def denoise(call: DenoiseCall) -> Any:
         if not bound.window.contains(call.step, call.total):
             return inner(call)
-        key = (component, "", call.branch, 0)
-        ledger = bound.ledger(key)
+        ledger = bound.ledger((component, "", call.branch, 0))
         ledger.calls += 1
-        given = call.replace(sites=bound.sites, state=bound.state(key), shared=bound.shared, ledger=ledger)
+        ours: dict[str, Any] = {"state": bound.state((component, "", call.moment.place, 0)), "shared": bound.shared}
+        given = call.replace(sites=bound.sites, carried=bound.carried, ledger=ledger, **ours)
         return bound.recipe.denoise(given, inner)
 
     return denoise
@@ -81,9 +81,7 @@ def around_block(bound: Bound, inner: AroundBlock) -> AroundBlock:
         moment = call.moment
         if not bound.window.contains(moment.step, moment.total):
             return inner(call)
-        key = (call.block.component, call.block.name, moment.branch, 0)
-        ours = {"state": bound.state(key), "shared": bound.shared, "ledger": bound.ledger(key)}
-        return bound.recipe.block(call.replace(**ours, prepared=bound.prepared), inner)
+        return bound.recipe.block(call.replace(**_of_block(bound, call), prepared=bound.prepared), inner)
 
     return block
 
@@ -91,9 +89,16 @@ def around_block(bound: Bound, inner: AroundBlock) -> AroundBlock:
 def enter_block(bound: Bound, call: BlockInput) -> None:
     """Show one recipe what enters a transformer block."""
     if bound.window.contains(call.step, call.total):
-        key = (call.block.component, call.block.name, call.branch, 0)
-        ours: dict[str, Any] = {"state": bound.state(key), "shared": bound.shared, "ledger": bound.ledger(key)}
-        bound.recipe.enter(dataclasses.replace(call, **ours, prepared=bound.prepared))
+        bound.recipe.enter(dataclasses.replace(call, **_of_block(bound, call), prepared=bound.prepared))
+
+
+def _of_block(bound: Bound, call: BlockCall | BlockInput) -> dict[str, Any]:
+    block, moment = call.block, call.moment
+    return {
+        "state": bound.state((block.component, block.name, moment.place, 0)),
+        "shared": bound.shared,
+        "ledger": bound.ledger((block.component, block.name, moment.branch, 0)),
+    }
 
 
 def run_chain(bounds: list[Bound], own: dict[int, dict[str, Any]], last: Callable[[RunCall], Any]) -> Run:
@@ -109,7 +114,7 @@ def _around_run(bound: Bound, options: dict[str, Any], inner: Run) -> Run:
         key = ("pipeline", "", "", 0)
         ledger = bound.ledger(key)
         ledger.calls += 1
-        given = call.replace(options=options, state=bound.state(key), shared=bound.shared, ledger=ledger)
-        return bound.recipe.run(given, inner)
+        ours: dict[str, Any] = {"state": bound.state(key), "shared": bound.shared, "carried": bound.carried}
+        return bound.recipe.run(call.replace(options=options, ledger=ledger, **ours), inner)
 
     return run

@@ -49,12 +49,14 @@ class Moment:
     model outside a pipeline). For a language model, ``step`` is 0 in the prefill and then counts forwards: tokens, and
     further chunks of a prefill that is done in chunks.
     ``branch`` names the guidance pass: ``"cond"``, ``"uncond"``, ``"batched"`` (both in one batch, unconditional half
-    first) or ``"single"`` (no guidance, or guidance embedded in the model).
+    first) or ``"single"`` (no guidance, or guidance embedded in the model). ``part`` names the part of the run, where a
+    recipe cuts the denoiser's call into several (tiles of a long video): what recipes keep is kept for each part.
     """
 
     step: int | None = None
     total: int | None = None
     branch: str = "single"
+    part: str = ""
 
     @property
     def fraction(self) -> float | None:
@@ -62,6 +64,11 @@ class Moment:
         if self.step is None or not self.total:
             return None
         return self.step / self.total
+
+    @property
+    def place(self) -> str:
+        """Guidance pass and part: what is kept from step to step is kept for each."""
+        return f"{self.branch}@{self.part}" if self.part else self.branch
 
 
 class _Timed:
@@ -247,6 +254,7 @@ class DenoiseCall(_Timed):
     ``args`` and ``kwargs`` are exactly what the pipeline passed; change them, call ``next(call)`` as often as needed,
     and return what the module would have returned. ``sites`` are the attention modules that the recipe has selected,
     of all components: with them it can prepare what its :meth:`~patchkit.Recipe.attend` will need, a cache for one.
+    ``carried`` is what the recipe's :meth:`~patchkit.Recipe.run` laid down for this run.
     """
 
     module: torch.nn.Module
@@ -257,6 +265,7 @@ class DenoiseCall(_Timed):
     sites: list[Site] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
+    carried: dict[Any, Any] = field(default_factory=dict)
     ledger: Ledger = None  # type: ignore[assignment]
 
     def replace(self, **changes: Any) -> DenoiseCall:
@@ -268,7 +277,9 @@ class DenoiseCall(_Timed):
 class RunCall:
     """One call of the pipeline: ``pipe(*args, **kwargs)``.
 
-    ``options`` holds the arguments that the recipe declared for itself (they never reach the pipeline).
+    ``options`` holds the arguments that the recipe declared for itself (they never reach the pipeline). What the recipe
+    lays down in ``carried`` its :meth:`~patchkit.Recipe.denoise` finds there until the pipeline's call ends; ``state``
+    and ``shared`` are cleared when the run's timesteps are set.
     """
 
     pipeline: Any
@@ -277,6 +288,7 @@ class RunCall:
     options: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
+    carried: dict[Any, Any] = field(default_factory=dict)
     ledger: Ledger = None  # type: ignore[assignment]
 
     @property

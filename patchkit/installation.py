@@ -264,6 +264,8 @@ class Installation:
         finally:
             self.running -= 1
             self.clear()  # states are of one run: they hold tensors as large as the attention
+            for bound in self.bound:
+                bound.carried.clear()
             if announced is not None:
                 vars(self.target).setdefault("_num_timesteps", announced)
 
