@@ -202,9 +202,9 @@ class DiTCtrl(Recipe):
             return next(call)
         if asked.plain:
             call.ledger.note(segments=1)
-            kwargs = {**asked.explicit, "prompt": asked.prompts[0]}
-            return next(call if isinstance(asked.given["prompt"], str) else call.replace(args=(), kwargs=kwargs))
-        if self.mask_guided and self.mode != "reweight" and asked.clips[0].tokens is None:
+            return next(call)
+        guided = self.mask_guided and self.mode != "reweight" and self.kv_steps is not None
+        if guided and asked.clips[0].tokens is None:
             why = "no objects were named (objects=...), so keys are shared as a whole"
             call.ledger.caution("sharing without masks", why)
             logger.warning("ditctrl: %s", why)

@@ -210,9 +210,7 @@ def _sharing(
         return sharing.shared(call, source, next)
     call.ledger.count("guided ops")
     assert source.bits is not None
-    call.ledger.average(
-        object_share=(bits.float().mean(), 1), source_object_share=(source.bits.float().mean(), 1)
-    )
+    call.ledger.average(object_share=(bits.float().mean(), 1), source_object_share=(source.bits.float().mean(), 1))
     return sharing.guided(call, source, bits, next)
 
 
@@ -254,9 +252,7 @@ def _bits(recipe: DiTCtrl, now: Pass, call: AttentionCall, lse: Tensor | None) -
     return now.store[key]
 
 
-def _reweighted(
-    recipe: DiTCtrl, now: Pass, call: AttentionCall, next: Callable[[AttentionCall], Tensor]
-) -> Tensor:
+def _reweighted(recipe: DiTCtrl, now: Pass, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
     """An op of the video whose words are reweighted."""
     if now.everywhere and call.site.kind != "cross":
         assert now.takes is not None
@@ -265,4 +261,3 @@ def _reweighted(
         call.ledger.count("shared ops")
     call.ledger.count("reweighted ops")
     return reweighting.reweighted(call, now.clip.scales, recipe.reweight_by, next)
-

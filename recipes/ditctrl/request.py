@@ -31,7 +31,7 @@ class Request:
         given: all arguments of the call by name, with the pipeline's defaults.
         explicit: those that the caller gave.
         layout: of the long video; of a single segment in the other modes.
-        clips: one for each segment, or the two videos of an edit.
+        clips: one for each segment, or the two videos of an edit; none where a single prompt asks for a single segment.
     """
 
     model: Model
@@ -45,7 +45,7 @@ class Request:
     @property
     def plain(self) -> bool:
         """Whether there is a single segment, which the pipeline makes by itself."""
-        return len(self.clips) == 1
+        return not self.clips
 
 
 def read(recipe: DiTCtrl, call: RunCall) -> Request | None:
@@ -66,12 +66,22 @@ def read(recipe: DiTCtrl, call: RunCall) -> Request | None:
     explicit = dict(list(bound.arguments.items())[1:])
     bound.apply_defaults()
     given = dict(list(bound.arguments.items())[1:])
+    if recipe.mode == "longer" and _is_one(given):
+        return Request(model, (), given, explicit, Layout(0, 0, ()), (), pipe)
     prompts = _prompts(recipe, given, where)
     _check_single(given, where)
     _check_negative(recipe, model, given, where)
     layout = _layout(recipe, model, pipe, given, len(prompts), where)
     clips = _clips(recipe, model, pipe, given, prompts, layout, call.options, where)
     return Request(model, prompts, given, explicit, layout, clips, pipe)
+
+
+def _is_one(given: dict[str, Any]) -> bool:
+    """Whether a call asks for a video of one prompt, which is the pipeline's own affair."""
+    prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
+    if prompt is None:
+        return isinstance(embeds, Tensor) and embeds.shape[0] == 1
+    return isinstance(prompt, str) or (isinstance(prompt, list | tuple) and len(prompt) == 1)
 
 
 def _prompts(recipe: DiTCtrl, given: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -122,9 +132,7 @@ def _check_negative(recipe: DiTCtrl, model: Model, given: dict[str, Any], where:
         )
 
 
-def _layout(
-    recipe: DiTCtrl, model: Model, pipe: Any, given: dict[str, Any], prompts: int, where: str
-) -> Layout:
+def _layout(recipe: DiTCtrl, model: Model, pipe: Any, given: dict[str, Any], prompts: int, where: str) -> Layout:
     config = pipe.transformer.config
     frames, place = given.get("num_frames"), f"{where} 'num_frames'"
     frames = config.sample_frames if frames is None else frames
@@ -216,9 +224,7 @@ def _object_tokens(
     return found if recipe.mask_guided else None
 
 
-def _check_places(
-    recipe: DiTCtrl, layout: Layout, prompts: tuple[str, ...], tokens: list[tuple[int, ...]]
-) -> None:
+def _check_places(recipe: DiTCtrl, layout: Layout, prompts: tuple[str, ...], tokens: list[tuple[int, ...]]) -> None:
     """Between two prompts their embeddings are mixed place by place: the object must stand at the same places."""
     for segment in layout.segments:
         if segment.share and tokens[segment.first] != tokens[segment.first + 1]:

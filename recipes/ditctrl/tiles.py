@@ -178,4 +178,3 @@ class Step:
 
     def _note_naive(self, forwards: int) -> None:
         self.call.ledger.count("block forwards without sharing", forwards * self.blocks)
-

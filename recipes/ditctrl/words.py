@@ -33,9 +33,7 @@ def places(tokenizer: Any, prompt: str, word: str, where: str, limit: int | None
         raise InvalidOption(f"the prompt {prompt!r} has no word {word!r}", where, "name a word of the prompt")
     offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
     # an offset may include the space before the word; an empty one belongs to a token that the tokenizer adds
-    tokens = tuple(
-        i for i, (a, b) in enumerate(offsets) if any(max(a, start) < min(b, stop) for start, stop in found)
-    )
+    tokens = tuple(i for i, (a, b) in enumerate(offsets) if any(max(a, start) < min(b, stop) for start, stop in found))
     if not tokens or (limit is not None and tokens[-1] >= limit):
         raise InvalidOption(
             f"{word!r} stands beyond the {limit} tokens that the model takes of a prompt"
