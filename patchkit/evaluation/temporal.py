@@ -77,3 +77,17 @@ def figures(clip: Tensor) -> dict[str, float]:
         return {}
     alike = smoothness(clip)
     return {"smoothness": float(alike.mean()), "smoothness_worst": float(alike.min()), "flicker": flicker(clip)}
+
+
+def cscv(features: Tensor) -> float:
+    """How evenly a video changes: 1 / (1 + 10 CV), CV the deviation of the frames' likeness over its mean; at most 1.
+
+    Coefficient of variation of frames' likeness of DiTCtrl (arXiv 2412.18597), whose features are CLIP's. A video that
+    stands still has 1, so a figure of what it shows belongs beside it.
+
+    Args:
+        features: (F, n), one row a frame, F at least 2.
+    """
+    likeness = F.cosine_similarity(features[1:].double(), features[:-1].double(), dim=1)
+    variation = float(likeness.std(correction=0) / likeness.mean())
+    return 1 / (1 + 10 * variation)

@@ -82,3 +82,16 @@ def test_features_turn_with_the_picture():
 
 def test_too_short_to_tell():
     assert temporal.figures(torch.zeros(2, 3, 16, 16)) == {}
+
+
+def test_cscv_is_its_formula_and_falls_with_a_jump() -> None:
+    rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)) + 3
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    likeness = (unit[1:] * unit[:-1]).sum(1)
+    variation = (likeness - likeness.mean()).square().mean().sqrt() / likeness.mean()
+    assert temporal.cscv(rows) == pytest.approx(float(1 / (1 + 10 * variation)), abs=1e-5)
+    angle = torch.linspace(0, 1, 20)
+    even = torch.stack([angle.cos(), angle.sin()], 1)
+    jump = torch.cat([even[:1].expand(10, -1), even[-1:].expand(10, -1)])
+    assert temporal.cscv(even) == pytest.approx(1, abs=1e-4)
+    assert temporal.cscv(jump) < 0.6

@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -305,3 +306,32 @@ def test_copies_share_no_state() -> None:
         with patchkit.apply(twin, Identity()):
             tiny.run(entry, twin)
         assert watch.seen == []
+
+
+@patchkit.recipe("toy-halves")
+@dataclass(frozen=True, kw_only=True)
+class Halves(patchkit.Recipe):
+    """Forwards everything twice, as two parts; what its run laid down it must find at every step."""
+
+    before = ("toy-counter",)
+
+    def run(self, call: Any, next: Any) -> Any:
+        call.carried["laid down"] = call.shared["gone"] = 1
+        return next(call)
+
+    def denoise(self, call: Any, next: Any) -> Any:
+        assert call.carried["laid down"] == 1
+        assert "gone" not in call.shared  # the timesteps were set in between
+        moment = call.moment
+        return [next(call.replace(moment=replace(moment, part=part))) for part in ("left", "right")][1]
+
+
+def test_parts_of_a_call_have_states_of_their_own_and_one_ledger() -> None:
+    entry = tiny.PIPELINES["wan21"]
+    pipe, counter = entry.build(), Counter()
+    plain = tiny.run(entry, pipe)
+    with patchkit.apply(pipe, [Halves(), counter]) as patch:
+        assert torch.equal(tiny.run(entry, pipe), plain)
+        assert all(count[-1] <= 2 for count in counter.counts)  # of two steps, not of four forwards
+        assert {row["branch"] for row in patch.report()["recipes"][1]["rows"]} == {"cond", "uncond"}
+        assert all(not bound.carried for bound in patch._live().bound)

@@ -1,0 +1,228 @@
+"""DiTCtrl on zoo/video: sequences of prompts, word swaps and reweighted words, each beside what it is compared with.
+
+    python benchmarks/ditctrl.py --groups 20                    long videos, then the edits; goes on where it was
+    python benchmarks/ditctrl.py --groups 1 --steps 2 --dry     whether it runs
+
+Long videos: one clip for each prompt by itself (isolated), blending without shared keys, shared keys without masks, and
+all of it. A row has, for the frames that belong to one prompt alone, what the detectors read; CSCV (the paper's
+formula) over the mean patch features of zoo/vlm's CLIP tower and over colours and outlines; and smoothness. Edits: what
+the detectors read, and the PSNR outside the object against the source. Isolated clips are put behind each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from rows import RESULTS, append, conditions, read
+from torch import Tensor
+
+import patchkit
+from patchkit import metrics, zoo
+from patchkit.evaluation import temporal
+from patchkit.zoo import detect, worlds
+
+OVERLAP, LENGTH = 6, 17
+# (what changes, the prompts' words that do): colour, background, shape, motion and identity, of two and three prompts
+PAIRS = [
+    ("colour", ("red circle", "still", "white"), ("green circle", "still", "white")),
+    ("background", ("yellow square", "still", "black"), ("yellow square", "still", "gray")),
+    ("motion", ("purple circle", "right", "white"), ("purple circle", "left", "white")),
+    ("shape", ("yellow square", "still", "black"), ("yellow circle", "still", "black")),
+    ("colour", ("blue square", "still", "gray"), ("orange square", "still", "gray")),
+    ("background", ("red triangle", "still", "white"), ("red triangle", "still", "blue")),
+    ("motion", ("green square", "up", "black"), ("green square", "down", "black")),
+    ("shape", ("red circle", "still", "gray"), ("red square", "still", "gray")),
+    ("colour", ("green circle", "still", "black"), ("purple circle", "still", "black")),
+    ("background", ("orange circle", "still", "gray"), ("orange circle", "still", "white")),
+    ("motion", ("red square", "left", "gray"), ("red square", "right", "gray")),
+    ("colour", ("yellow triangle", "still", "blue"), ("red triangle", "still", "blue")),
+    ("background", ("purple square", "still", "black"), ("purple square", "still", "white")),
+    ("colour", ("orange circle", "still", "black"), ("blue circle", "still", "black")),
+]
+TRIPLES = [
+    ("colour", ("red circle", "still", "white"), ("green circle", "still", "white"), ("blue circle", "still", "white")),
+    ("background", ("red square", "still", "black"), ("red square", "still", "gray"), ("red square", "still", "white")),
+    (
+        "background",
+        ("blue circle", "still", "white"),
+        ("blue circle", "still", "gray"),
+        ("blue circle", "still", "black"),
+    ),
+    ("colour", ("green square", "still", "gray"), ("yellow square", "still", "gray"), ("red square", "still", "gray")),
+    ("shape", ("red circle", "still", "white"), ("red square", "still", "white"), ("red triangle", "still", "white")),
+    (
+        "colour",
+        ("purple circle", "still", "black"),
+        ("red circle", "still", "black"),
+        ("orange circle", "still", "black"),
+    ),
+]
+GROUPS = [group for i in range(7) for group in (*PAIRS[2 * i : 2 * i + 2], *TRIPLES[i : i + 1])]
+LONG: dict[str, dict[str, Any] | None] = {
+    "isolated": None,
+    "blending": {"kv_steps": None},
+    "sharing": {"mask_guided": False},
+    "full": {},
+}
+EDITS = [
+    ("swap", ("red circle", "right", "white"), ("green circle", "right", "white")),
+    ("swap", ("blue square", "up", "gray"), ("orange square", "up", "gray")),
+    ("swap", ("yellow triangle", "left", "black"), ("yellow circle", "left", "black")),
+    ("swap", ("red square", "still", "white"), ("red square", "still", "black")),
+]
+FACTORS = (0.0, 0.5, 1.0, 2.0)
+
+
+def caption(what: str, motion: str, background: str) -> str:
+    verb = "standing still" if motion == "still" else f"moving {motion}"
+    return f"a {what} {verb} on a {background} background"
+
+
+def objects(group: tuple[Any, ...]) -> list[str]:
+    return [words[0].split()[1] for words in group[1:]]
+
+
+def features(tower: Any, clip: Tensor) -> Tensor:
+    """(F, 128) mean of the patches' features in the tower's last layer."""
+    with torch.no_grad():
+        return tower(pixel_values=(clip - 0.5) / 0.5).last_hidden_state[:, 1:].mean(1)
+
+
+def judged(clip: Tensor, prompts: list[str]) -> dict[str, float]:
+    """Share of the prompts that is right, by attribute, in the frames that no other prompt has a part in."""
+    stride, count = LENGTH - OVERLAP, len(prompts)
+    totals = dict.fromkeys((*detect.ATTRIBUTES, "all"), 0.0)
+    for i, prompt in enumerate(prompts):
+        start = 2 * i * stride + (OVERLAP if i else 0)  # segment 2 i is the prompt's own, its neighbours are mixed
+        stop = 2 * i * stride + LENGTH - (OVERLAP if i < count - 1 else 0)
+        for name, right in detect.score(clip[start:stop], prompt).items():
+            totals[name] += right / count
+    return totals
+
+
+def long_row(
+    pipe: Any, tower: Any, group: tuple[Any, ...], label: str, seed: int, call: dict[str, Any]
+) -> dict[str, Any]:
+    prompts = [caption(*words) for words in group[1:]]
+    options, report = LONG[label], {}
+    noise = torch.Generator().manual_seed(seed)
+    if options is None:
+        clips = [pipe(prompt=p, generator=noise, output_type="pt", **call).frames[0] for p in prompts]
+        clip = torch.cat(clips)
+        scores = [detect.score(c, p) for c, p in zip(clips, prompts, strict=True)]
+        right = {n: sum(float(s[n]) for s in scores) / len(scores) for n in scores[0]}
+    else:
+        recipe = {"overlap": OVERLAP, "zero_uncond": False, "objects": objects(group), **options}
+        with patchkit.apply(pipe, "ditctrl", **recipe) as patch:
+            clip = pipe(prompt=prompts, generator=noise, output_type="pt", **call).frames[0]
+            [entry] = patch.report()["recipes"]
+        report = {"block_forwards": entry["counts"]["block forwards"]}
+        report["block_forwards_pairwise"] = entry["counts"]["block forwards without sharing"]
+        right = judged(clip, prompts)
+    colours, outlines = temporal.frame_features(clip)
+    return {
+        "frames": len(clip),
+        **{f"right_{name}": round(float(value), 4) for name, value in right.items()},
+        "cscv_vlm": round(temporal.cscv(features(tower, clip)), 4),
+        "cscv_plain": round(temporal.cscv(torch.cat([colours, outlines], 1)), 4),
+        "smoothness": round(float(temporal.smoothness(clip).mean()), 4),
+        **report,
+    }
+
+
+def swap_row(pipe: Any, group: tuple[Any, ...], label: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
+    """Target's own noise and keys ("apart"), shared keys, guided sharing; against the source."""
+    prompts = [caption(*words) for words in group[1:]]
+    options = {"apart": {"kv_steps": None}, "sharing": {"mask_guided": False}, "full": {}}[label]
+    with patchkit.apply(pipe, "ditctrl", mode="swap", zero_uncond=False, objects=objects(group), **options):
+        source, target = pipe(
+            prompt=prompts, generator=torch.Generator().manual_seed(seed), output_type="pt", **call
+        ).frames
+    mask = worlds._clip_objects(source)
+    both = None if mask is None else mask | (m if (m := worlds._clip_objects(target)) is not None else mask)
+    outside = {} if both is None else metrics.outside(source, target, both)
+    found = {f"right_{n}": float(v) for n, v in detect.score(target, prompts[1]).items()}
+    return found | {"outside_psnr": round(outside.get("psnr", float("nan")), 2)}
+
+
+def reweight_row(
+    pipe: Any, words: tuple[str, str, str], factor: float, seed: int, call: dict[str, Any]
+) -> dict[str, Any]:
+    """How far the object's colour is from the word's, by factor."""
+    word = words[0].split()[0]
+    with patchkit.apply(pipe, "ditctrl", mode="reweight", reweight={word: factor}, zero_uncond=False):
+        source, target = pipe(
+            prompt=caption(*words), generator=torch.Generator().manual_seed(seed), output_type="pt", **call
+        ).frames
+    read_ = detect.detect(target)
+    mask = worlds._clip_objects(source)
+    wanted = torch.tensor(zoo.world.COLOURS[word])
+    inside = target.permute(0, 2, 3, 1)[mask].median(0).values if mask is not None else wanted
+    return {
+        "read": f"{read_.colour} {read_.shape} on {read_.background}",
+        "colour_distance": round(float((inside - wanted).norm()), 4),
+        "psnr": round(metrics.psnr(source, target), 2),
+    }
+
+
+def wanted_rows(groups: int, only: list[str] | None) -> Iterator[tuple[str, int, str]]:
+    for number in range(min(groups, len(GROUPS))):
+        for label in LONG:
+            yield "long", number, label
+    for number in range(min(groups, len(EDITS))):
+        for label in ("apart", "sharing", "full"):
+            yield "swap", number, label
+    for number in range(min(groups, 2)):
+        for factor in FACTORS:
+            yield "reweight", number, str(factor)
+
+
+def measure(
+    kind: str, number: int, label: str, loaded: tuple[Any, Any], seed: int, call: dict[str, Any]
+) -> dict[str, Any]:
+    pipe, tower = loaded
+    if kind == "long":
+        return {"changes": GROUPS[number][0]} | long_row(pipe, tower, GROUPS[number], label, seed, call)
+    if kind == "swap":
+        return swap_row(pipe, EDITS[number], label, seed, call)
+    return reweight_row(pipe, EDITS[number][1], float(label), seed, call)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=20)
+    parser.add_argument("--kinds", nargs="*", default=["long", "swap", "reweight"])
+    parser.add_argument("--labels", nargs="*", help="of these only")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "ditctrl.jsonl")
+    parser.add_argument("--dry", action="store_true", help="write no row")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    pipe = zoo.load("video")
+    pipe.set_progress_bar_config(disable=True)
+    loaded = pipe, zoo.load("vlm").model.model.vision_tower
+    call = {**zoo.defaults("video"), "num_inference_steps": args.steps}
+    key = ("kind", "group", "label", "seed", "steps")
+    done = {tuple(row[k] for k in key) for row in read(args.out)}
+    for kind, number, label in wanted_rows(args.groups, args.labels):
+        name = (kind, number, label, args.seed, args.steps)
+        if name in done or kind not in args.kinds or (args.labels and label not in args.labels):
+            continue
+        row = dict(zip(key, name, strict=True)) | measure(kind, number, label, loaded, args.seed + number, call)
+        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        if not args.dry:
+            append(args.out, conditions("cpu") | {"benchmark": "ditctrl", "model": "zoo/video"} | row)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
