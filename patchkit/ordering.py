@@ -8,6 +8,7 @@ from patchkit.errors import Conflict
 
 if TYPE_CHECKING:
     from patchkit.bound import Bound
+    from patchkit.recipe_base import Recipe
 
 
 def ordered(bounds: list[Bound]) -> list[Bound]:
@@ -41,7 +42,7 @@ def conflicts(present: list[Bound], coming: list[Bound]) -> list[str]:
         for old in [*present, *coming[:i]]:
             a, b = old.recipe, new.recipe
             if b.name in a.conflicts or a.name in b.conflicts:
-                found.append(f"{a.name!r} and {b.name!r} do not work together")
+                found.append(f"{a.name!r} and {b.name!r} do not work together{_why(a, b)}")
                 continue
             if a.effect != "replaces" or b.effect != "replaces" or not old.window.overlaps(new.window):
                 continue
@@ -50,3 +51,11 @@ def conflicts(present: list[Bound], coming: list[Bound]) -> list[str]:
                 names = ", ".join(s.full_name for s in shared[:3]) + (", ..." if len(shared) > 3 else "")
                 found.append(f"{a.name!r} and {b.name!r} both replace the op of {len(shared)} sites ({names})")
     return found
+
+
+def _why(a: Recipe, b: Recipe) -> str:
+    """The reason, where one of them gives one."""
+    for one, other in ((a, b), (b, a)):
+        if isinstance(one.conflicts, dict) and other.name in one.conflicts:
+            return f": {one.conflicts[other.name]}"
+    return ""

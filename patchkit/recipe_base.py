@@ -55,7 +55,7 @@ class Recipe:
     models: ClassVar[tuple[str, ...]] = ()  # pipelines it is tested on, by adapter name; () = no promise
     before: ClassVar[tuple[str, ...]] = ()  # stands outside these recipes
     after: ClassVar[tuple[str, ...]] = ()  # stands inside these
-    conflicts: ClassVar[tuple[str, ...]] = ()
+    conflicts: ClassVar[tuple[str, ...] | dict[str, str]] = ()  # others' names, better with the reason: {name: why}
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # named sets of options; `preset="..."` chooses one
     arguments: ClassVar[dict[str, str]] = {}  # extra arguments of pipe(...), name -> what it is
     uses_heads: ClassVar[bool] = False  # whether the option `heads` means anything to it

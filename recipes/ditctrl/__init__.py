@@ -33,7 +33,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from patchkit import guidance
 from patchkit.context import AttentionCall, BlockCall, DenoiseCall, RunCall
 from patchkit.errors import InvalidOption, UnsupportedModel
 from patchkit.recipe_base import Recipe
@@ -110,7 +109,10 @@ class DiTCtrl(Recipe):
     families: ClassVar[tuple[str, ...]] = ("diffusers",)
     models: ClassVar[tuple[str, ...]] = tuple(model.name for model in MODELS.values())
     arguments: ClassVar[dict[str, str]] = {"objects": "the object's word in all prompts, or one for each"}
-    conflicts: ClassVar[tuple[str, ...]] = ("softpag",)
+    conflicts: ClassVar[tuple[str, ...] | dict[str, str]] = {
+        "softpag": "its weak pass takes over what the blocks returned in the pass before, which here runs a segment at "
+        "a time"
+    }
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"overlap": 6, "transitions": 1},
         "released": {"overlap": 9, "transitions": 2, "mask_guided": False},
@@ -155,6 +157,12 @@ class DiTCtrl(Recipe):
                 'use map="v2t"',
             )
         for component, count in {s.component: s.layers for s in sites}.items():
+            if model.maps == "cross" and self.mask_guided and 0 in self.shared_layers(count) and count > 1:
+                raise InvalidOption(
+                    "keys shared in block 0, before any attention to the words says where the object is",
+                    f"recipe {self.name!r}, option 'kv_layers'",
+                    "begin at block 1, or set mask_guided=False",
+                )
             beyond = Indices.parse(self.kv_layers, "kv_layers").beyond(count)
             if beyond:
                 raise InvalidOption(
@@ -177,10 +185,6 @@ class DiTCtrl(Recipe):
             return frozenset(range(count - max(1, round(count / 6)), count))
         return Indices.parse(self.kv_layers, "kv_layers").resolve(count)
 
-    def maps_at(self, site: Site) -> bool:
-        """Whether the attention between words and video happens at a site."""
-        return site.kind in ("joint", "cross")
-
     def figures(self, totals: Mapping[str, Any]) -> dict[str, float]:
         """What computing each segment once saves."""
         counts = totals["counts"]
@@ -192,7 +196,6 @@ class DiTCtrl(Recipe):
 
     def check_call(self, call: RunCall) -> None:
         """Everything that can be wrong with a call."""
-        guidance.refuse_other_guidance(call, self.name)
         request.read(self, call)
 
     def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:
@@ -211,6 +214,8 @@ class DiTCtrl(Recipe):
         kwargs, texts = request.rewritten(self, asked)
         if self.mode == "longer":
             call.ledger.note(segments=len(asked.clips), latent_frames=asked.layout.frames)
+            if asked.model.remark:
+                call.ledger.note(schedule=asked.model.remark)
         with progress.bar(call.pipeline, len(asked.clips)) as shown:
             call.carried.update(request=asked, texts=texts, progress=shown)
             return next(call.replace(args=(), kwargs=kwargs))

@@ -6,7 +6,6 @@ with its own keys, and, where keys are shared, in that of the *target*, with the
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from patchkit.adapters.diffusers import hook_names
 from patchkit.context import AttentionCall, BlockCall, DenoiseCall, Moment
-from patchkit.errors import PatchkitError
-from patchkit.guidance import refuse_counting_caches
+from patchkit.errors import Conflict, PatchkitError
 from patchkit.recipes.ditctrl import maps, reweighting, sharing
 from patchkit.recipes.ditctrl.maps import RunningMap
 from patchkit.recipes.ditctrl.sharing import Source
@@ -25,8 +23,9 @@ if TYPE_CHECKING:
     from patchkit.recipes.ditctrl import DiTCtrl
 
 Role = Literal["source", "target"]
-OpKey = tuple[str, int]  # attention module, op call of it
+OpKey = tuple[str, str, int]  # guidance pass, attention module, op call of it
 NOW = "now"  # where the running pass is found by the wrappers further inside
+CACHES = ("cache", "fbc", "pyramid_attention", "taylorseer")  # in the names of diffusers' hooks
 COMPUTES = ("cond", "single", "batched")  # passes whose maps say where the object is; the others take their bits
 
 
@@ -49,7 +48,7 @@ class Clip:
 class Prefix:
     """What both roles of a clip have in common: the blocks before the first one that shares keys."""
 
-    outputs: dict[str, Any] = field(default_factory=dict)  # by the list that the block stands in
+    outputs: dict[tuple[str, str], Any] = field(default_factory=dict)  # by guidance pass and list of the block
     map: RunningMap | None = None
 
 
@@ -101,8 +100,7 @@ def forward(recipe: DiTCtrl, call: DenoiseCall, next: Callable[[DenoiseCall], An
     call.shared[NOW] = now
     call.ledger.count("forwards")
     try:
-        with _own_cache(call, part):
-            out = next(given)
+        out = next(given)
     finally:
         del call.shared[NOW]
     if now.takes is not None or now.leaves is not None:
@@ -122,21 +120,19 @@ def _check_used(recipe: DiTCtrl, call: DenoiseCall, now: Pass) -> None:
         )
 
 
-def _own_cache(call: DenoiseCall, part: str) -> contextlib.AbstractContextManager[Any]:
-    """Step caches keep their state by the name of the pass: each clip and role has its own."""
-    name = getattr(call.module, "cache_context", None)
-    if callable(name) and call.shared.get(("hooked", call.component)):
-        context: contextlib.AbstractContextManager[Any] = name(f"{call.moment.branch}@{part}")
-        return context
-    return contextlib.nullcontext()
-
-
-def prepare(call: DenoiseCall, recipe: DiTCtrl) -> None:
-    """Once a run: refuse step caches that count forwards, and note whether another one is there."""
-    key = ("hooked", call.component)
+def refuse_caches(call: DenoiseCall, recipe: DiTCtrl) -> None:
+    """Raise :class:`Conflict` where a step cache of diffusers stands: it skips blocks by what one call before did."""
+    key = ("no caches", call.component)
     if key not in call.shared:
-        refuse_counting_caches(call, recipe.name)
-        call.shared[key] = bool(hook_names(call.module))
+        found = sorted(name for name in hook_names(call.module) if any(word in name for word in CACHES))
+        if found:
+            raise Conflict(
+                f"a step cache ({', '.join(found)}) reuses what the call before left, and {recipe.name} makes a call "
+                "for each segment",
+                call.component,
+                f"{call.component}.disable_cache()",
+            )
+        call.shared[key] = True
 
 
 def around_block(call: BlockCall, next: Callable[[BlockCall], Any]) -> Any:
@@ -145,7 +141,7 @@ def around_block(call: BlockCall, next: Callable[[BlockCall], Any]) -> Any:
     if now is None:
         return next(call)
     prefix = now.prefix
-    name = call.block.stack if call.block.chained else call.block.name
+    name = (call.branch, call.block.stack if call.block.chained else call.block.name)
     if prefix is None or now.everywhere or call.layer >= now.first:
         return _counted(call, next)
     if now.replays:
@@ -174,7 +170,9 @@ def around_attention(recipe: DiTCtrl, call: AttentionCall, next: Callable[[Atten
     if not now.layers and not now.everywhere:
         return next(call)
     computes = now.clip.tokens is not None and call.moment.branch in COMPUTES
-    maps_here = computes and call.site.layer <= max(now.layers) and recipe.maps_at(call.site)
+    # a cross-attention comes after the attention of its block that shares keys
+    last = max(now.layers, default=-1) - (call.site.kind == "cross")
+    maps_here = computes and call.site.layer <= last and call.site.kind != "self"
     if call.site.kind == "cross":
         out, lse = maps.own_attention(call, next, now.sample) if maps_here else (next(call), None)
         if lse is not None:
@@ -193,13 +191,13 @@ def _sharing(
     recipe: DiTCtrl, now: Pass, call: AttentionCall, next: Callable[[AttentionCall], Tensor], maps_here: bool
 ) -> Tensor:
     """An op at which keys are shared: leave one's own, or take those of the clip before."""
-    op = (call.site.name, call.index)
+    op = (call.branch, call.site.name, call.index)
     _go_on_from_prefix(now)
     if now.role == "source":
         out, lse = maps.own_attention(call, next, now.sample) if maps_here else (next(call), None)
         bits = _bits(recipe, now, call, lse)
         if now.leaves is not None:
-            now.leaves[op] = Source(call.k, call.v, call.mask, bits)
+            now.leaves[op] = Source(call.k.clone(), call.v.clone(), call.mask, bits)  # a compiled graph reuses them
         return out
     assert now.takes is not None
     lse = maps.lse_of(call, now.sample) if maps_here else None
@@ -256,8 +254,9 @@ def _reweighted(recipe: DiTCtrl, now: Pass, call: AttentionCall, next: Callable[
     """An op of the video whose words are reweighted."""
     if now.everywhere and call.site.kind != "cross":
         assert now.takes is not None
-        source = now.takes[(call.site.name, call.index)]
+        source = now.takes[call.branch, call.site.name, call.index]
         call = call.replace(k=source.k, v=source.v, mask=source.mask)
         call.ledger.count("shared ops")
-    call.ledger.count("reweighted ops")
+    if call.site.kind != "self":
+        call.ledger.count("reweighted ops")
     return reweighting.reweighted(call, now.clip.scales, recipe.reweight_by, next)

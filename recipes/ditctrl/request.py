@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchkit.context import RunCall
 from patchkit.errors import InvalidOption
-from patchkit.recipes.ditctrl import segments, words
+from patchkit.recipes.ditctrl import segments
 from patchkit.recipes.ditctrl.models import PIPELINE_NAMES, Model, model_of
 from patchkit.recipes.ditctrl.passes import Clip
 from patchkit.recipes.ditctrl.segments import Layout
@@ -103,6 +103,11 @@ def _prompts(recipe: DiTCtrl, given: dict[str, Any], where: str) -> tuple[str, .
 
 def _check_single(given: dict[str, Any], where: str) -> None:
     """One video a call; in an edit, the second one is ours."""
+    for name in ("prompt_2", "negative_prompt_2"):
+        if given.get(name) is not None:
+            raise InvalidOption(
+                f"{name} beside a list of prompts", f"{where} {name!r}", "leave it out: both encoders get the prompts"
+            )
     for name in ("num_videos_per_prompt", "num_images_per_prompt"):
         if (given.get(name) or 1) != 1:
             raise InvalidOption(
@@ -133,7 +138,7 @@ def _check_negative(recipe: DiTCtrl, model: Model, given: dict[str, Any], where:
 
 
 def _layout(recipe: DiTCtrl, model: Model, pipe: Any, given: dict[str, Any], prompts: int, where: str) -> Layout:
-    config = pipe.transformer.config
+    config = (pipe.transformer or pipe.transformer_2).config
     frames, place = given.get("num_frames"), f"{where} 'num_frames'"
     frames = config.sample_frames if frames is None else frames
     ratio = int(getattr(pipe, model.frame_ratio))
@@ -163,9 +168,10 @@ def _layout(recipe: DiTCtrl, model: Model, pipe: Any, given: dict[str, Any], pro
             "recipe 'ditctrl', option 'overlap'",
             f"give an overlap whose difference to {length} is a multiple of {patch}",
         )
-    if latents is not None and latents.ndim > model.axis and latents.shape[model.axis] != found.frames:
+    told = latents.shape[model.axis] if latents is not None and not model.packed else found.frames
+    if told != found.frames:
         raise InvalidOption(
-            f"latents of {latents.shape[model.axis]} frames for a video of {found.frames}",
+            f"latents of {told} frames for a video of {found.frames}",
             f"{where} 'latents'",
             f"give the noise of the whole video: {found.frames} latent frames",
         )
@@ -182,9 +188,9 @@ def _clips(
     options: dict[str, Any],
     where: str,
 ) -> tuple[Clip, ...]:
-    tokens = _object_tokens(recipe, pipe, given, prompts, options, where)
+    tokens = _object_tokens(recipe, model, pipe, given, prompts, options, where)
     if recipe.mode == "reweight":
-        return (Clip(0), Clip(1, scales=_scales(recipe, pipe, given, prompts[0])))
+        return (Clip(0), Clip(1, scales=_scales(recipe, model, pipe, given, prompts[0])))
     if recipe.mode == "swap":
         return tuple(Clip(i, tokens[i] if tokens else None) for i in range(2))
     if tokens and len(layout.segments) > 1:
@@ -200,6 +206,7 @@ def objects_of(recipe: DiTCtrl, options: dict[str, Any]) -> str | list[str] | No
 
 def _object_tokens(
     recipe: DiTCtrl,
+    model: Model,
     pipe: Any,
     given: dict[str, Any],
     prompts: tuple[str, ...],
@@ -217,10 +224,7 @@ def _object_tokens(
         raise InvalidOption(
             f"{len(named)} words for {len(prompts)} prompts", place, "give one word for all, or one for each prompt"
         )
-    limit = given.get("max_sequence_length")
-    found = [
-        words.places(pipe.tokenizer, prompt, word, place, limit) for prompt, word in zip(prompts, named, strict=True)
-    ]
+    found = [model.tokens(pipe, prompt, word, place, given) for prompt, word in zip(prompts, named, strict=True)]
     return found if recipe.mask_guided else None
 
 
@@ -237,11 +241,13 @@ def _check_places(recipe: DiTCtrl, layout: Layout, prompts: tuple[str, ...], tok
             )
 
 
-def _scales(recipe: DiTCtrl, pipe: Any, given: dict[str, Any], prompt: str) -> tuple[tuple[int, float], ...]:
+def _scales(
+    recipe: DiTCtrl, model: Model, pipe: Any, given: dict[str, Any], prompt: str
+) -> tuple[tuple[int, float], ...]:
     found: dict[int, float] = {}
     for word, factor in (recipe.reweight or {}).items():
         place = "recipe 'ditctrl', option 'reweight'"
-        for token in words.places(pipe.tokenizer, prompt, word, place, given.get("max_sequence_length")):
+        for token in model.tokens(pipe, prompt, word, place, given):
             if token in found:
                 raise InvalidOption(f"{word!r} shares a token with another word", place, "name each word once")
             found[token] = factor

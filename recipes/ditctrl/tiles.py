@@ -38,23 +38,26 @@ class Step:
         self.request: Request = call.carried["request"]
         self.texts: list[dict[str, Tensor]] = call.carried["texts"]
         self.model, self.layout, self.clips = self.request.model, self.request.layout, self.request.clips
+        self.long = recipe.mode == "longer"
         self.latents: Tensor = call.kwargs["hidden_states"]
+        if self._packed:
+            self.latents = self.latents.unflatten(1, (self.layout.frames, -1))
         window = StepWindow.parse(recipe.kv_steps, "kv_steps") if recipe.kv_steps is not None else None
         shares = window is not None and window.contains(call.step, call.total)
         self.blocks = min(s.layers for s in call.sites if s.component == call.component)
         self.layers: frozenset[int] = recipe.shared_layers(self.blocks) if shares else frozenset()
         self.raw: Any = None  # what the denoiser returned last
-        self.long = recipe.mode == "longer"
         self.halves = self.latents.shape[0] // (1 if self.long else 2)
         kept = call.shared.get(("bits", call.component))
         if kept is None or kept[0] != call.step:
             kept = call.shared["bits", call.component] = (call.step, {})
         self.store = kept[1]
-        passes.prepare(call, recipe)
+        passes.refuse_caches(call, recipe)
 
     def result(self) -> Any:
         """What the denoiser would have returned for what the pipeline passed."""
         found = self._long() if self.long else self._pair()
+        found = found.flatten(1, 2) if self._packed else found
         return with_prediction(self.raw, found)
 
     # --- one long video ---------------------------------------------------------------------------------------
@@ -120,31 +123,54 @@ class Step:
         prefix: Prefix | None = None,
         everywhere: bool = False,
     ) -> Tensor:
-        now = Pass(
-            clip=self.clips[number],
-            role=role,
-            layers=self.layers,
-            sample=self.halves - 1,
-            store=self.store,
-            leaves=leaves,
-            takes=takes,
-            prefix=prefix,
-            replays=prefix is not None and role == "target",
-            everywhere=everywhere,
-        )
-        self.raw = passes.forward(self.recipe, self._tile(number), self.denoiser, now)
+        """The prediction of a clip, with the halves of guidance that the pipeline's call has."""
+        tile, found = self._tile(number), []
+        for call in self._halves(tile):
+            now = Pass(
+                clip=self.clips[number],
+                role=role,
+                layers=self.layers,
+                sample=call.kwargs["hidden_states"].shape[0] - 1,
+                store=self.store,
+                leaves=leaves,
+                takes=takes,
+                prefix=prefix,
+                replays=prefix is not None and role == "target",
+                everywhere=everywhere,
+            )
+            self.raw = passes.forward(self.recipe, call, self.denoiser, now)
+            found.append(prediction(self.raw, call))
         self.call.carried["progress"].forwarded((self.call.step, self.call.branch), number)
-        return prediction(self.raw, self.call)
+        out = torch.cat(found[::-1]) if len(found) > 1 else found[0]
+        return out.unflatten(1, (self.layout.length, -1)) if self._packed else out
+
+    def _halves(self, tile: DenoiseCall) -> list[DenoiseCall]:
+        """The forwards of a clip: one, or the conditional half and then the unconditional one."""
+        if not self.model.splits or self.halves == 1:
+            return [tile]
+        out = []
+        for row, branch in ((1, "cond"), (0, "uncond")):
+            kwargs = {
+                name: x[row : row + 1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == 2 else x
+                for name, x in tile.kwargs.items()
+            }
+            moment = tile.moment
+            out.append(tile.replace(kwargs=kwargs, moment=Moment(moment.step, moment.total, branch)))
+        return out
+
+    @property
+    def _packed(self) -> bool:
+        return self.model.packed and self.long
 
     def _tile(self, number: int) -> DenoiseCall:
-        """The call of one clip, with the halves of guidance that the pipeline's call has."""
+        """The call of one clip."""
         kwargs = dict(self.call.kwargs)
         if self.long:
-            kwargs["hidden_states"] = self.latents.narrow(
-                self.model.axis, self.layout.span(number).start, self.layout.length
-            )
-            for name, own in self._texts(number).items():
-                kwargs[name] = own
+            part = self.latents.narrow(self.model.axis, self.layout.span(number).start, self.layout.length)
+            kwargs["hidden_states"] = part.flatten(1, 2) if self._packed else part
+            if self._packed:
+                kwargs["num_frames"] = self.layout.length
+            kwargs |= self._texts(number)
             self._cut_positions(kwargs)
         else:
             size = self.latents.shape[0]
@@ -159,11 +185,11 @@ class Step:
 
     def _texts(self, number: int) -> dict[str, Tensor]:
         """The segment's words for the conditional half; the unconditional one keeps what the pipeline passed."""
+        if self.call.branch == "uncond":
+            return {}
         found = {}
         for name in self.model.texts:
             given = self.call.kwargs[name]
-            if self.call.branch == "uncond":
-                continue
             own = self.texts[number][name].to(given.device, given.dtype)
             found[name] = torch.cat([given[: self.halves - 1], own]) if self.halves > 1 else own
         return found
@@ -174,7 +200,8 @@ class Step:
         if tables is not None:
             whole = self.latents.shape[self.model.axis]
             rows = [len(x) * self.layout.length // whole for x in tables]
-            kwargs[self.model.rotary] = tuple(x[:n] for x, n in zip(tables, rows, strict=True))
+            kwargs[str(self.model.rotary)] = tuple(x[:n] for x, n in zip(tables, rows, strict=True))
 
     def _note_naive(self, forwards: int) -> None:
-        self.call.ledger.count("block forwards without sharing", forwards * self.blocks)
+        times = forwards * (2 if self.model.splits and self.halves == 2 else 1)
+        self.call.ledger.count("block forwards without sharing", times * self.blocks)

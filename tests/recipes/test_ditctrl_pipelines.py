@@ -408,7 +408,7 @@ def test_without_objects_the_report_says_so() -> None:
         assert not patch.report().cautions()
 
 
-@pytest.mark.parametrize("name", ["wan21", "hunyuan", "mochi", "ltx", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "sd3"])
 def test_other_pipelines_are_refused_by_name(name: str) -> None:
     pipe = tiny.PIPELINES[name].build()
     with pytest.raises(UnsupportedModel, match=type(pipe).__name__):
@@ -425,8 +425,38 @@ def test_layers_that_are_not_there_are_refused() -> None:
 
 def test_softpag_is_refused() -> None:
     _, pipe = build()
-    with pytest.raises(Conflict, match="softpag"):
+    with pytest.raises(Conflict, match="do not work together: its weak pass takes over"):
         patchkit.apply(pipe, ["ditctrl", patchkit.recipes()["softpag"](heads=[(1, 0)])])
+
+
+def test_step_caches_are_refused() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    entry, pipe = build()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with patchkit.apply(pipe, DiTCtrl(**SHORT)), pytest.raises(Conflict, match="disable_cache"):
+        tiny.run(entry, pipe, steps=2, prompt=PROMPTS[:2], negative_prompt=None)
+
+
+def test_block_sparse_attention_works_inside_with_a_state_for_each_segment_and_role() -> None:
+    entry, pipe = build()
+    adaspa = patchkit.recipes()["adaspa"]
+    sparse = {"warmup_steps": 1, "min_tokens": 0, "block_size": 4, "search_steps": []}
+    given = {"steps": 5, "prompt": ["a red circle", "a blu circle"]}
+    for options in (SHORT, GUIDED):
+        alone = run(entry, pipe, DiTCtrl(**options), **given)
+        everything = run(entry, pipe, [adaspa(density=1.0, **sparse), DiTCtrl(**options)], **given)
+        torch.testing.assert_close(everything, alone, atol=1e-3, rtol=1e-3)
+        with patchkit.apply(pipe, [DiTCtrl(**options), adaspa(density=0.4, **sparse)]) as patch:
+            out = tiny.run(entry, pipe, negative_prompt=None, **given)
+            report = patch.report()["recipes"][1]
+        assert torch.isfinite(out).all()
+        assert (out - alone).norm() / alone.norm() > 1e-3
+        assert report["counts"]["sparse"] > 0
+        # three segments in every layer, and two targets in the layers that share keys, search once each
+        guided = options is GUIDED
+        assert report["counts"]["searches"] == 3 * 4 + (0 if guided else 2 * 2)
+        assert ("queries and keys differ in number" in report["dense"]) == guided
 
 
 def test_processors_that_were_replaced_meanwhile_are_noticed() -> None:
