@@ -211,6 +211,7 @@ def main() -> int:
     pipe.set_progress_bar_config(disable=True)
     loaded = pipe, zoo.load("vlm").model.model.vision_tower
     call = {**zoo.defaults("video"), "num_inference_steps": args.steps}
+    call.pop("prompt", None)
     key = ("kind", "group", "label", "seed", "steps")
     done = {tuple(row[k] for k in key) for row in read(args.out)}
     for kind, number, label in wanted_rows(args.groups, args.labels):

@@ -242,3 +242,33 @@ def test_quantised_attention_writes_rows_with_their_errors(script, monkeypatch, 
     q, k, v, grid, start = module.problem("2k", "cpu", 1)
     wrong, norm = module.errors(q * 0, q, k, v, None, [0], grid, start)
     assert (wrong, norm) == (1.0, 0.0)
+
+
+def test_ditctrl_measures_a_long_video_once(script, tmp_path: Path, monkeypatch, capsys) -> None:
+    module, out = script("ditctrl"), tmp_path / "rows.jsonl"
+    arguments = ["--groups", "1", "--kinds", "long", "--labels", "full", "--steps", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["ditctrl.py", *arguments])
+    for _ in range(2):
+        assert module.main() == 0
+    [row] = (json.loads(line) for line in out.read_text().splitlines())
+    assert row["frames"] == 39
+    assert (row["block_forwards"], row["block_forwards_pairwise"]) == (3 * 6, 4 * 6)
+    assert 0 < row["cscv_vlm"] <= 1
+    assert "cscv_plain" in capsys.readouterr().out
+    assert len(set(module.GROUPS)) == 20
+
+
+def test_ditctrl_reads_each_prompt_where_it_is_alone(script) -> None:
+    import torch
+
+    from patchkit.zoo import world
+
+    module = script("ditctrl")
+    scenes = [world.Scene("circle", colour, "white", "still") for colour in ("red", "green", "blue")]
+    stride = module.LENGTH - module.OVERLAP
+    clip = torch.rand(module.LENGTH + 4 * stride, 3, 64, 64)  # of what is mixed nothing is read
+    for i, part in enumerate(world.render(scenes, torch.linspace(0, 1, module.LENGTH))):
+        start = 2 * i * stride
+        low, high = (module.OVERLAP if i else 0), module.LENGTH - (module.OVERLAP if i < 2 else 0)
+        clip[start + low : start + high] = part[low:high]
+    assert module.judged(clip, [scene.caption for scene in scenes])["all"] == 1
