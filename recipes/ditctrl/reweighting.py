@@ -32,7 +32,11 @@ def reweighted(call: AttentionCall, scales: Sequence[tuple[int, float]], by: By,
     """
     if call.site.kind == "self":
         return next(call)
-    start = call.text.start if call.text is not None else 0
+    start, count = (call.text.start, len(call.text)) if call.text is not None else (0, call.k.shape[2])
+    # both halves of guidance, as the official code; where padding is cut off, the empty text has no such places
+    scales = [(token, factor) for token, factor in scales if token < count]
+    if not scales:
+        return next(call)
     words = torch.tensor([start + token for token, _ in scales], device=call.q.device)
     factors = torch.tensor([factor for _, factor in scales], device=call.q.device)
     if by == "logit":

@@ -276,6 +276,13 @@ def test_factors_that_change_nothing_change_nothing() -> None:
     torch.testing.assert_close(reweighting.reweighted(call, ((1, 0.0),), "logit", op), op(call))
 
 
+def test_places_that_a_shorter_text_does_not_have_are_left_out() -> None:
+    call = a_call(5)
+    assert torch.equal(reweighting.reweighted(call, ((TEXT, 0.0),), "prob", op), op(call))
+    both = reweighting.reweighted(call, ((1, 0.0), (TEXT + 3, 2.0)), "prob", op)
+    assert torch.equal(both, reweighting.reweighted(call, ((1, 0.0),), "prob", op))
+
+
 def test_row_mass_is_not_normalised_again() -> None:
     call, c = a_call(6), 3.0
     ones = call.replace(v=torch.ones_like(call.v))
