@@ -76,6 +76,17 @@ _ENTRIES = {
             "guidance_scale": 1.5,
         },
     ),
+    "flux": _Entry(
+        folder="flux",
+        pipeline="FluxPipeline",
+        about="text to image, 64x64, as dit; double and single blocks",
+        call={
+            "prompt": "a red circle left of a green square on a blue background",
+            "negative_prompt": "",
+            "num_inference_steps": 20,
+            "true_cfg_scale": 1.5,
+        },
+    ),
     "vlm": _Entry(
         folder="vlm",
         pipeline="LlavaForConditionalGeneration",

@@ -23,7 +23,7 @@ def pipe():
 
 
 def test_names_and_errors():
-    assert [name for name in zoo.names() if zoo.shipped(name)] == ["dit", "image", "video", "vlm"]
+    assert [name for name in zoo.names() if zoo.shipped(name)] == ["dit", "flux", "image", "video", "vlm"]
     assert "frames" in zoo.describe("video")
     assert zoo.path("zoo/video") == zoo.path("video")
     with pytest.raises(zoo.UnknownZooModel, match="did you mean 'video'") as info:

@@ -49,7 +49,9 @@ def build_models(seed: int = 0) -> nn.ModuleDict:
     nn.init.zeros_(transformer.proj_out.bias)
     clip = CLIPTextModel(flow.clip_config(CLIP_WIDTH))
     flow.enlarge_embeddings(clip)
-    return nn.ModuleDict({"transformer": transformer, "text_encoder": clip, "text_encoder_2": flow.build_t5(T5_WIDTH)})
+    t5 = flow.build_t5(T5_WIDTH)
+    flow.spread_places(t5)
+    return nn.ModuleDict({"transformer": transformer, "text_encoder": clip, "text_encoder_2": t5})
 
 
 class Run(flow.FlowRun):
