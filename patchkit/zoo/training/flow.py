@@ -118,8 +118,8 @@ def spread_places(t5: Any) -> None:
     """Start a T5 encoder with heads that look at different distances.
 
     The class starts the biases of distances so small that every head averages over all words. Where nothing else tells
-    the order of words, that is never unlearned: a flux so trained knew which colours and shapes a caption names, but not
-    which belong together (position of two objects 49 %, and the encoder gave the same to within 0.3 % for the caption
+    the order of words, that is never unlearned: a flux so trained knew which colours and shapes a caption names, but
+    not which belong together (place of two objects 49 %, and the encoder gave the same to within 0.3 % for the caption
     with both objects swapped).
     """
     for module in t5.modules():
