@@ -51,7 +51,7 @@ class Step:
         kept = call.shared.get(("bits", call.component))
         if kept is None or kept[0] != call.step:
             kept = call.shared["bits", call.component] = (call.step, {})
-        self.store = kept[1]
+        self.store: dict[Any, Any] = kept[1]
         passes.refuse_caches(call, recipe)
 
     def result(self) -> Any:

@@ -50,7 +50,7 @@ def calibrate(
     empty_below: float = 0.01,
     seed: int = 0,
     codes: Sequence[int] | None = None,
-    layers: str | None = None,
+    layers: str | int | list[int] | None = None,
     exclude: str | list[str] | None = None,
     folder: str | Path | None = None,
     progress: Progress | None = None,

@@ -209,7 +209,7 @@ class PermutePlan:
         if data.pop("format", None) != FORMAT:
             raise PlanError(f"{path} has another format than {FORMAT}", "option 'plan'", "calibrate again")
         known = {f.name for f in fields(Facts)}
-        facts = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n in known}
+        facts: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n in known}
         return cls(**tensors, facts=Facts(**facts), path=str(path))
 
     @classmethod

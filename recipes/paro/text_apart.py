@@ -6,6 +6,8 @@ and to text keys apart; the two are joined by their row sums, which is exact. Te
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def attend_apart(
     if valid is not None:
         mask = torch.arange(tokens, device=q.device) < torch.tensor(valid, device=q.device)[:, None]
         mask = mask[:, None, None]
-    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     mine, lse = kernels.quantised_attention(
         q[:, :, here], k[:, :, here], v[:, :, here], image, qk=qk, pv=pv, scale=scale, return_lse=True
     )

@@ -15,8 +15,8 @@ from .table import padded, tile_of
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FP8_TARGETS = ("sm90", "sm120")
-LOOSE = ("row_b", "row_h", "kv_width", "q_groups", "k_groups", "heads", "k_group", "v_group", "mean_group", "n_q")
-LOOSE += ("q_len", "kv_len", "start", "stop")
+LOOSE: tuple[str, ...] = ("row_b", "row_h", "kv_width", "q_groups", "k_groups", "heads", "k_group", "v_group")
+LOOSE += ("mean_group", "n_q", "q_len", "kv_len", "start", "stop")
 
 
 def variants() -> list[Variant]:
