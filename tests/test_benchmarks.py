@@ -206,9 +206,8 @@ def test_headhunter_on_a_random_model(script, tmp_path: Path) -> None:
     bench_of = script("headhunter")
     pipe = tiny.PIPELINES["sd3"].build(1)
     pipe.set_progress_bar_config(disable=True)
-    args = argparse.Namespace(
-        model="tiny", steps=1, hunt=1, unseen=2, top_k=1, rounds=1, scale=0.5, draws=1, batch=4, store=tmp_path
-    )
+    shared = {"model": "tiny", "steps": 1, "hunt": 1, "unseen": 2, "top_k": 1, "rounds": 1, "scale": 0.5, "draws": 1}
+    args = argparse.Namespace(**shared, seeds=2, batch=4, store=tmp_path)
     texts = bench_of.captions(3)
     assert len(set(texts)) == 3
     rows, against = bench_of.experiment(bench_of.Bench(pipe, args, texts))
@@ -218,6 +217,10 @@ def test_headhunter_on_a_random_model(script, tmp_path: Path) -> None:
     bench_of.show(rows, against)
     bench_of.draw(rows, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
+    once = argparse.Namespace(**shared, seeds=1, batch=4, store=tmp_path)
+    one = bench_of.Bench(None, once, texts).measure("unseen")["scores"]
+    two = bench_of.Bench(None, args, texts)._measure("unseen", 20_000, (), 1.0)["scores"]
+    assert rows[0]["score"]["value"] == pytest.approx(sum(one + two) / 4), "the mean over captions and seeds"
     again = bench_of.Bench(None, args, texts)
     assert again.measure("unseen")["scores"] == bench_of.Bench(pipe, args, texts).measure("unseen")["scores"]
 
