@@ -12,6 +12,7 @@ on where it was.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import random
@@ -172,7 +173,11 @@ def experiment(bench: Bench) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 
     none = bench.measure("unseen")
     rows = [row_of("none", none, none)]
-    guided = bench.measure("unseen", guidance_scale=1.5)
+    real = (
+        "true_cfg_scale" in inspect.signature(type(bench.pipe).__call__).parameters
+    )  # FLUX: the other one is embedded
+    guidance = {"true_cfg_scale": 1.5, "negative_prompt": ""} if real else {"guidance_scale": 1.5}
+    guided = bench.measure("unseen", **guidance)
     rows.append(row_of("CFG 1.5, for comparison", guided, none))
     whole = bench.measure("unseen", [(layer, head) for head in range(shape[1])])
     rows.append(row_of("best whole layer", whole, none, layer=layer, strength=1.0, layers_on_hunting=layer_means))
