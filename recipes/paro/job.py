@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,6 +53,15 @@ def check(call: JobCall) -> None:
         _prompts(call)
 
 
+def _clear(folder: Path) -> None:
+    """Remove what a calibration wrote; whatever else somebody keeps in the folder stays, and then the folder, too."""
+    for pattern in ("orders-*.safetensors", "mass-*", "seen-*.json", "calibration.json"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def run(call: JobCall) -> JobResult:
     """Calibrate, and write the plan. Stopped, it goes on with the prompts that are missing."""
     options: Options = call.options
@@ -75,7 +84,7 @@ def run(call: JobCall) -> JobResult:
     )
     plan.save(path)
     if options.folder is None:
-        shutil.rmtree(folder)  # gigabytes, for a long video
+        _clear(folder)  # gigabytes, for a long video
     return JobResult({"plan": path}, _data(plan), _text(plan), _notes(plan))
 
 

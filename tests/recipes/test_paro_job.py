@@ -57,9 +57,15 @@ def pipe():
 def test_writes_the_plan_and_cleans_up(tmp_path, pipe):
     told = []
     job, call = call_of(tmp_path, pipe, told=told)
+    kept = tmp_path / "plan.calibration" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("somebody's")
     result = job.run(call)
     path = tmp_path / "plan.safetensors"
     assert result.files == {"plan": path}
+    assert [p.name for p in kept.parent.iterdir()] == ["notes.txt"], "only what it wrote is removed"
+    kept.unlink()
+    kept.parent.rmdir()
     assert [p.name for p in tmp_path.iterdir()] == ["plan.safetensors"]
     plan = PermutePlan.load(path)
     assert plan.facts.steps == 2
@@ -122,3 +128,9 @@ def test_the_section_is_part_of_recipe_files(tmp_path):
         files.parse(files.read_file(path))
     for name in ("paro", "int8"):
         assert [r.name for r in files.parse(files.locate(name)).recipes] == [name]
+
+
+def test_nothing_is_left_beside_the_plan(tmp_path, pipe):
+    job, call = call_of(tmp_path, pipe)
+    job.run(call)
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.safetensors"]
