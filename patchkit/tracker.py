@@ -155,13 +155,19 @@ class Tracker:
         return base if seen == 0 or not self.clocked else f"{base}#{seen}"
 
     def _is_batched(self, inputs: dict[str, Any]) -> bool:
-        """Whether one batch holds both guidance halves: the pipeline says so, or the latents are there twice."""
+        """Whether one batch holds both guidance halves: the pipeline says so, or the latents are there twice.
+
+        Two videos from the same noise are there twice as well: a guidance scale that asks for no guidance tells.
+        """
         said = getattr(self._target(), "do_classifier_free_guidance", None)
+        scale = getattr(self._target(), "guidance_scale", None)
         latents = inputs.get("hidden_states", inputs.get("sample"))
         if not isinstance(latents, torch.Tensor) or latents.shape[0] % 2 or latents.is_meta:
             return False
         if isinstance(said, bool):
             return said
+        if isinstance(scale, int | float) and scale <= 1:
+            return False
         half = latents.shape[0] // 2
         return bool(torch.equal(latents[:half], latents[half:]))
 

@@ -109,10 +109,8 @@ class DiTCtrl(Recipe):
     families: ClassVar[tuple[str, ...]] = ("diffusers",)
     models: ClassVar[tuple[str, ...]] = tuple(model.name for model in MODELS.values())
     arguments: ClassVar[dict[str, str]] = {"objects": "the object's word in all prompts, or one for each"}
-    conflicts: ClassVar[tuple[str, ...] | dict[str, str]] = {
-        "softpag": "its weak pass takes over what the blocks returned in the pass before, which here runs a segment at "
-        "a time"
-    }
+    # the weak pass is of the whole video, tile by tile; heads are pushed toward the clip's own values
+    after: ClassVar[tuple[str, ...]] = ("softpag",)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"overlap": 6, "transitions": 1},
         "released": {"overlap": 9, "transitions": 2, "mask_guided": False},

@@ -155,7 +155,8 @@ class SoftPAG(Recipe):
         base = seconds.get("conditional pass", 0.0) + seconds.get("batched pass", 0.0) / 2
         if self.idle or not base or "blocks" not in means:
             return {}
-        blocks = counts.get("weak passes", 0) * means["blocks"]
+        # with a recipe inside that forwards tiles, a pass has more block forwards than the model has blocks
+        blocks = counts.get("conditional block forwards", 0) or counts.get("weak passes", 0) * means["blocks"]
         return {
             "first perturbed block": means["first_block"],
             "extra forwards a step, predicted": 1 - means["first_block"] / means["blocks"],

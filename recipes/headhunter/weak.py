@@ -3,6 +3,9 @@
 Within one step the conditional pass runs first and leaves behind, in ``call.shared``, what the weak pass need not
 compute again: what the blocks before the first perturbed one return, and the attention output of that block. Both
 passes get the same inputs up to there, so the result is that of a whole weak pass.
+
+A recipe inside may cut both passes into parts (tiles of a long video), with other batches than the pipeline's; so what
+is left behind is kept for each part, and which of its samples are conditional is told by the part's own forward.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ GUIDED = ("cond", "single", "batched")
 def guided(recipe: SoftPAG, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:
     """The denoiser's output with w (eps_cond - eps_weak) added to every guidance pass."""
     check(recipe, call)
-    key = ("delta", call.component)
+    key = ("delta", call.component, call.moment.part)
     if call.branch == "uncond":
         if key not in call.shared or call.shared[key][0] != call.step:
             raise PatchkitError(
@@ -48,13 +51,13 @@ def guided(recipe: SoftPAG, call: DenoiseCall, next: Callable[[DenoiseCall], Any
 def both(recipe: SoftPAG, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> tuple[Any, Tensor]:
     """The denoiser's own output, and w (eps_cond - eps_weak) for the conditional samples."""
     batched = call.branch == "batched"
-    call.shared["kept", call.component] = {"samples": batch_of(call) if batched else None}
+    call.shared["kept", call.component] = {"samples": batch_of(call)}
     device = _device(call)
     with call.ledger.time("batched pass" if batched else "conditional pass", device):
         out = next(call)
     whole = prediction(out, call)
     strong = whole[whole.shape[0] // 2 :] if batched else whole
-    weak_call = conditional(call).replace(moment=Moment(call.step, call.total, WEAK))
+    weak_call = conditional(call).replace(moment=Moment(call.step, call.total, WEAK, call.moment.part))
     try:
         with call.ledger.time("weak pass", device), _own_cache(call):
             faint = prediction(next(weak_call), call)
@@ -102,27 +105,36 @@ def _own_cache(call: DenoiseCall) -> contextlib.AbstractContextManager[Any]:
 def shared_prefix(recipe: SoftPAG, call: BlockCall, next: Callable[[BlockCall], Any]) -> Any:
     """Blocks before the first perturbed one run once a step; the weak pass gets what they returned."""
     kept = call.shared.get(("kept", call.block.component))
-    first = recipe.first
+    first, part = recipe.first, call.moment.part
     if call.branch == WEAK:
         call.ledger.note(first_block=first, blocks=call.block.layers)
+    elif kept is not None:
+        kept["samples", part] = _batch_of_block(call)
     if kept is None or first is None or call.layer >= first:
         return _forward(call, next)
     # Where blocks hand their output to the next one only, the last of each list is enough.
-    name = ("block", call.block.stack if call.block.chained else call.block.name)
+    name = ("block", part, call.block.stack if call.block.chained else call.block.name)
     if call.branch == WEAK:
         if name not in kept:
             return _forward(call, next)
         call.ledger.count("shared blocks")
         return kept[name]
     out = _forward(call, next)
-    if call.block.must_run is None:
-        samples = kept["samples"]
-        kept[name] = out if samples is None else half(out, samples)
+    if call.block.must_run is None and call.branch != "uncond":
+        kept[name] = half(out, kept["samples", part]) if call.branch == "batched" else out
     return out
+
+
+def _batch_of_block(call: BlockCall) -> int:
+    """Samples in a block's input: those of the forward that runs it."""
+    found = next((x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
+    return 0 if found is None else int(found.shape[0])
 
 
 def _forward(call: BlockCall, next: Callable[[BlockCall], Any]) -> Any:
     call.ledger.count("weak block forwards" if call.branch == WEAK else "block forwards")
+    if call.branch in GUIDED:
+        call.ledger.count("conditional block forwards")
     return next(call)
 
 
@@ -140,7 +152,7 @@ def perturbed(recipe: SoftPAG, call: AttentionCall, next: Callable[[AttentionCal
     if call.index > 0 and call.q.shape[2] != call.k.shape[2]:
         call.ledger.count("ops of adapters left alone")  # IP-Adapter: the image queries attend to an image prompt
         return next(call)
-    form, name = recipe.form, ("op", call.site.name, call.index)
+    form, name = recipe.form, ("op", call.moment.part, call.site.name, call.index)
     # Up to the first module that is perturbed the passes are the same; a second one in that block may build on it.
     if kept is not None and name in kept and kept.setdefault("forked", call.site.name) == call.site.name:
         call.ledger.count("shared ops")
@@ -159,10 +171,15 @@ def perturbed(recipe: SoftPAG, call: AttentionCall, next: Callable[[AttentionCal
 
 def _keep(kept: dict[Any, Any], call: AttentionCall, out: Tensor) -> None:
     """Keep the op's output of the conditional samples, as the weak pass will ask for it."""
-    samples, index = kept["samples"], call.index
-    if samples is not None and out.shape[0] == samples:
-        out = out[samples // 2 :]
-    elif samples is not None:  # the model calls the op sample by sample (Mochi)
-        index -= samples // 2
+    index, part = call.index, call.moment.part
+    if call.branch == "uncond":  # of a part whose halves are forwarded one by one
+        return
+    if call.branch == "batched":
+        # where no block came by (a model that is compiled whole), a part's op has the batch of its forward
+        samples = kept.get(("samples", part)) or (out.shape[0] if part else kept["samples"])
+        if out.shape[0] == samples:
+            out = out[samples // 2 :]
+        else:  # the model calls the op sample by sample (Mochi)
+            index -= samples // 2
     if index >= 0:
-        kept["op", call.site.name, index] = out
+        kept["op", part, call.site.name, index] = out

@@ -1,0 +1,176 @@
+"""DiTCtrl with the other recipes: SoftPAG around it, AdaSpa and PAROAttention inside its tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import softpag_tools
+import tiny
+import torch
+from ditctrl_tools import Pairwise, build, loud, run
+from softpag_tools import Naive, close, nothing_shared
+from torch import Tensor
+
+import patchkit
+from patchkit.recipes.ditctrl import DiTCtrl
+from patchkit.recipes.headhunter import SoftPAG
+
+# pipeline, its variant, blocks to build (Hunyuan: of each kind)
+CASES = {
+    "cogvideox": ("cogvideox", None, 4),
+    "cogvideox2b": ("cogvideox2b", None, 4),
+    "cogvideox, no guidance": ("cogvideox2b", "no_cfg", 4),
+    "wan": ("wan21", None, 4),
+    "wan, two denoisers": ("wan22", None, 4),
+    "hunyuan": ("hunyuan", None, 2),
+    "hunyuan, two calls": ("hunyuan", "true_cfg", 2),
+    "mochi": ("mochi", None, 4),
+    "ltx": ("ltx", None, 4),
+}
+SOME = ("cogvideox", "wan", "hunyuan, two calls", "mochi")  # guidance in one batch, in two calls, half by half
+PROMPTS = ["a red circle", "a blu circle"]
+OPTIONS: dict[str, Any] = {"overlap": 1, "kv_layers": "2-", "kv_steps": (1, 3), "zero_uncond": False}
+HEADS = {"before the shared keys": [(1, 0)], "at them": [(2, 1)], "behind": [(3, 0), (3, 1)]}
+
+
+def case(name: str) -> tuple[Any, Any, dict[str, Any]]:
+    pipeline, variant, layers = CASES[name]
+    entry, pipe = build(pipeline, layers)
+    if pipeline == "wan22":
+        loud(pipe)
+    call: dict[str, Any] = {"variant": variant, "prompt": PROMPTS, "negative_prompt": None}
+    if variant == "true_cfg":
+        call["negative_prompt"] = "blur"
+    return entry, pipe, call
+
+
+def softpag(**options: Any) -> SoftPAG:
+    return SoftPAG(**{"heads": [(1, 0), (2, 1)], "strength": 0.6, "scale": 2.0, **options})
+
+
+# --- SoftPAG --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_softpag_without_guidance_changes_no_bit(name: str) -> None:
+    entry, pipe, call = case(name)
+    recipe = DiTCtrl(**OPTIONS, objects="circle")
+    alone = run(entry, pipe, recipe, **call)
+    for idle in ({"scale": 0.0}, {"strength": 0.0}, {"heads": []}):
+        assert torch.equal(run(entry, pipe, [recipe, softpag(**idle)], **call), alone)
+    assert not torch.equal(run(entry, pipe, [recipe, softpag()], **call), alone)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_one_prompt_is_softpag_alone(name: str) -> None:
+    entry, pipe, call = case(name)
+    call["prompt"] = PROMPTS[0]
+    alone = run(entry, pipe, softpag(), 3, **call)
+    assert torch.equal(run(entry, pipe, [DiTCtrl(**OPTIONS), softpag()], 3, **call), alone)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_tile_is_guided_as_a_video_by_itself(name: str) -> None:
+    """Segments that do not touch, without shared keys: what SoftPAG keeps of one must not reach another."""
+    entry, pipe, call = case(name)
+    if name.startswith("cogvideox"):
+        pipe.scheduler = build("cogvideox2b")[1].scheduler  # deterministic
+    if name == "ltx":  # else the schedule would depend on the length of the video
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_dynamic_shifting=False)
+    axis = 1 if name.startswith(("cogvideox", "ltx")) else 2
+    guide = softpag()
+    size = list(run(entry, pipe, guide, 2, **{**call, "prompt": PROMPTS[0]}).shape)
+    double = [2 * n if i == axis else n for i, n in enumerate(size)]
+    noise = torch.randn(*double, generator=torch.Generator().manual_seed(1))
+    recipe = DiTCtrl(overlap=0, transitions=0, kv_steps=None, zero_uncond=False)
+    found = run(entry, pipe, [recipe, guide], 3, latents=noise, **call)
+    for i, prompt in enumerate(PROMPTS):
+        part = noise.narrow(axis, i * size[axis], size[axis])
+        expected = run(entry, pipe, guide, 3, **{**call, "prompt": prompt, "latents": part})
+        got = found.narrow(axis, i * size[axis], size[axis])
+        if name == "mochi":  # its halves are forwarded one by one in tiles
+            torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+        else:
+            assert torch.equal(got, expected)
+
+
+def weak_ones(entry: Any, pipe: Any, recipe: DiTCtrl, guide: SoftPAG, **call: Any) -> list[Tensor]:
+    inside = softpag_tools.Inside()
+    run(entry, pipe, [guide, inside, recipe], 3, **call)
+    return inside.weak()
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        *(("wan", heads) for heads in HEADS.values()),
+        ("cogvideox", HEADS["before the shared keys"]),
+        ("cogvideox2b", HEADS["behind"]),
+        ("wan, two denoisers", HEADS["behind"]),
+        ("hunyuan", HEADS["at them"]),
+        ("hunyuan, two calls", HEADS["before the shared keys"]),
+        ("mochi", HEADS["at them"]),
+        ("ltx", HEADS["behind"]),
+    ],
+)
+def test_the_weak_pass_is_a_whole_pass_over_all_tiles(name: str, heads: list[tuple[int, int]]) -> None:
+    """With keys shared by masks: against a second pass that shares nothing, and pair by pair."""
+    entry, pipe, call = case(name)
+    options = {**OPTIONS, "objects": "circle", "kv_steps": (1, 2)}
+    guide = softpag(heads=heads, scale=1e-20)
+    found = weak_ones(entry, pipe, DiTCtrl(**options), guide, **call)
+    pairwise = weak_ones(entry, pipe, Pairwise(**options), guide, **call)
+    naive = Naive(pairs=heads, u=0.6, names=r".*\.attn1?")
+    run(entry, pipe, [naive, DiTCtrl(**options)], 3, **call)
+    assert len(found) == len(naive.found) == 3
+    for a, b, (_, cond, c) in zip(found, pairwise, naive.found, strict=True):
+        close(a, b, 1e-6)  # where a batch holds both halves, what the passes share comes of another batch
+        close(a, c)
+        assert float((a - cond).norm() / cond.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox, no guidance"])
+def test_sharing_the_prefix_of_each_tile_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the conditional samples run by themselves; in one batch with others products round otherwise."""
+    entry, pipe, call = case(name)
+    recipe, guide = DiTCtrl(**OPTIONS, objects="circle"), softpag(heads=[(3, 0)])
+    shared = run(entry, pipe, [recipe, guide], **call)
+    with nothing_shared(monkeypatch):
+        assert torch.equal(run(entry, pipe, [recipe, guide], **call), shared)
+
+
+@pytest.mark.parametrize("name", ["cogvideox2b", "cogvideox, no guidance", "wan", "hunyuan", "mochi", "ltx"])
+def test_softpag_guides_both_videos_of_an_edit(name: str) -> None:
+    """The source as it is alone under SoftPAG: a batch of two videos is not taken for two halves of guidance."""
+    entry, pipe, call = case(name)
+    if name.startswith("cogvideox"):
+        pipe.scheduler = build("cogvideox2b")[1].scheduler
+    swap = DiTCtrl(**{**OPTIONS, "kv_steps": (0, 2)}, mode="swap", objects="circle")
+    both = run(entry, pipe, [swap, softpag()], 2, **call)
+    expected = run(entry, pipe, softpag(), 2, **{**call, "prompt": PROMPTS[0]})
+    torch.testing.assert_close(both[:1], expected, atol=1e-3, rtol=1e-3)
+    without = run(entry, pipe, swap, 2, **call)
+    assert (both[1:] - without[1:]).norm() / without.norm() > 1e-4
+
+
+def test_softpag_reports_its_cost_by_tiles() -> None:
+    entry, pipe, call = case("wan")
+    with patchkit.apply(pipe, [softpag(heads=[(3, 0)]), DiTCtrl(**OPTIONS)]) as patch:
+        tiny.run(entry, pipe, steps=4, **call)
+        figures = patch.report()["recipes"][0]["figures"]
+    assert figures["extra forwards a step, in blocks"] == pytest.approx(1 / 4)
+    assert figures["extra forwards a step, predicted"] == pytest.approx(1 / 4)
+
+
+def test_nothing_of_softpag_is_kept_after_a_step() -> None:
+    entry, pipe, call = case("wan")
+    with patchkit.apply(pipe, [softpag(heads=[(3, 0)]), DiTCtrl(**OPTIONS)]) as patch:
+        kept: list[Any] = []
+
+        def look(*_: Any) -> dict[str, Any]:
+            kept.extend(k for b in patch._bounds for k in b.shared if k[0] == "kept")
+            return {}
+
+        tiny.run(entry, pipe, steps=2, **call, callback_on_step_end=look)
+    assert not kept
