@@ -226,6 +226,18 @@ def test_each_run_finds_its_own_guidance_branches() -> None:
         assert branches(watch) == ["batched"]
 
 
+def test_two_videos_from_the_same_noise_are_not_two_halves_of_guidance() -> None:
+    entry = tiny.PIPELINES["cogvideox2b"]  # which does not say whether it guides, only by how much
+    pipe, watch = entry.build(), Watch()
+    noise = torch.randn(1, 3, 4, 4, 6).repeat(2, 1, 1, 1, 1)
+    two = {"prompt": ["a red circle", "two cats"], "negative_prompt": None, "latents": noise}
+    with patchkit.apply(pipe, watch):
+        tiny.run(entry, pipe, variant="no_cfg", **two)
+        assert branches(watch) == ["single"]
+        tiny.run(entry, pipe, **two)
+        assert branches(watch) == ["batched"]
+
+
 def test_a_run_that_broke_off_within_a_step_leaves_no_count_of_calls() -> None:
     entry = tiny.PIPELINES["sd15"]
     pipe, watch = entry.build(), Watch()

@@ -423,12 +423,6 @@ def test_layers_that_are_not_there_are_refused() -> None:
         patchkit.apply(pipe, "ditctrl", kv_layers="7")
 
 
-def test_softpag_is_refused() -> None:
-    _, pipe = build()
-    with pytest.raises(Conflict, match="do not work together: its weak pass takes over"):
-        patchkit.apply(pipe, ["ditctrl", patchkit.recipes()["softpag"](heads=[(1, 0)])])
-
-
 def test_step_caches_are_refused() -> None:
     from diffusers import FirstBlockCacheConfig
 

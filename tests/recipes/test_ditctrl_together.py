@@ -8,7 +8,7 @@ import pytest
 import softpag_tools
 import tiny
 import torch
-from ditctrl_tools import Pairwise, build, loud, run
+from ditctrl_tools import Inside, Pairwise, build, loud, run
 from softpag_tools import Naive, close, nothing_shared
 from torch import Tensor
 
@@ -174,3 +174,82 @@ def test_nothing_of_softpag_is_kept_after_a_step() -> None:
 
         tiny.run(entry, pipe, steps=2, **call, callback_on_step_end=look)
     assert not kept
+
+
+# --- block-sparse attention inside tiles ----------------------------------------------------------------------
+
+SPARSE = {"warmup_steps": 1, "min_tokens": 0, "block_size": 4, "search_steps": []}
+STEPS = 5
+
+
+def counted(entry: Any, pipe: Any, recipes: list[Any], **call: Any) -> tuple[Tensor, Any, Inside]:
+    """Latents, the report of the last recipe, and the ops that DiTCtrl handed on."""
+    inside = Inside()
+    with patchkit.apply(pipe, [recipes[0], inside, *recipes[1:]]) as patch:
+        out = tiny.run(entry, pipe, steps=STEPS, **call)
+        return out, patch.report()["recipes"][-1], inside
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["shared", "guided"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_adaspa_searches_for_each_tile_role_and_pass(name: str, guided: bool) -> None:
+    entry, pipe, call = case(name)
+    adaspa = patchkit.recipes()["adaspa"]
+    recipe = DiTCtrl(**OPTIONS, objects="circle" if guided else None)
+    alone = run(entry, pipe, recipe, STEPS, **call)
+    everything = run(entry, pipe, [adaspa(density=1.0, **SPARSE), recipe], STEPS, **call)
+    torch.testing.assert_close(everything, alone, atol=1e-3, rtol=1e-3)
+    out, report, inside = counted(entry, pipe, [recipe, adaspa(density=0.4, **SPARSE)], **call)
+    assert torch.isfinite(out).all()
+    assert (out - alone).norm() / alone.norm() > 1e-3
+    passes = 2 if name == "wan" else 1
+    # each search once: three segments in every layer, the last as target in those before the first that shares keys
+    # (its only forward then), and two targets in those that do, unless their tokens are gathered
+    assert report["counts"]["searches"] == passes * (3 * 4 + 2 + (0 if guided else 2 * 2))
+    whole = [c for _, _, _, c in inside.ops if c.site.kind != "cross" and c.q.shape[2] == c.k.shape[2]]
+    gathered = report["dense"].get("queries and keys differ in number", 0)
+    assert report["counts"]["sparse"] + sum(report["dense"].values()) - gathered == len(whole)
+    assert ("queries and keys differ in number" in report["dense"]) == guided
+
+
+def plan_for(entry: Any, pipe: Any, call: dict[str, Any], **size: Any) -> Any:
+    from patchkit.recipes.paro import calibrate
+
+    pipe.set_progress_bar_config(disable=True)
+    known = ("prompt", "output_type", "generator")
+    given = {n: v for n, v in entry.arguments(call["variant"], **size).items() if n not in known}
+    options = {"num_inference_steps": STEPS, "buckets": 2, "block_size": 4, "order_steps": 1}
+    return calibrate(pipe, PROMPTS[0], 0.4, **options, **given)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["shared", "guided"])
+@pytest.mark.parametrize("name", ["cogvideox", "wan", "hunyuan"])
+def test_paro_runs_the_plan_of_one_segment_in_every_tile(name: str, guided: bool) -> None:
+    """Sparse wherever a whole sequence attends, with own keys or shared ones; gathered tokens run dense."""
+    from patchkit.recipes.paro import Paro, PermutePlan
+
+    entry, pipe, call = case(name)
+    plan = plan_for(entry, pipe, call)
+    everything = PermutePlan.from_masks(plan.order, torch.ones_like(plan.masks), plan.facts)
+    recipe = DiTCtrl(**OPTIONS, objects="circle" if guided else None)
+    alone = run(entry, pipe, recipe, STEPS, **call)
+    same = run(entry, pipe, [recipe, Paro(plan=everything)], STEPS, **call)
+    torch.testing.assert_close(same, alone, atol=1e-3, rtol=1e-3)
+    out, report, inside = counted(entry, pipe, [recipe, Paro(plan=plan)], **call)
+    assert torch.isfinite(out).all()
+    assert (out - alone).norm() / alone.norm() > 1e-3
+    ops = [c for _, _, _, c in inside.ops if c.site.kind != "cross"]
+    whole = [c for c in ops if c.grid is not None]
+    assert report["counts"]["sparse"] == len(whole)
+    assert sum(report["dense"].values()) == len(ops) - len(whole)
+    assert (len(ops) > len(whole)) == guided
+    assert any(c.moment.part.endswith("target") for c in whole)
+
+
+def test_a_plan_for_the_whole_video_is_refused() -> None:
+    from patchkit.recipes.paro import Paro, PlanError
+
+    entry, pipe, call = case("wan")
+    plan = plan_for(entry, pipe, call, num_frames=17)
+    with pytest.raises(PlanError, match="made for a grid"):
+        run(entry, pipe, [DiTCtrl(**OPTIONS), Paro(plan=plan)], STEPS, **call)
