@@ -21,6 +21,7 @@ if __name__ == "patchkit.kernels":
     from .quantised import Format, Reorder, quantised_attention
     from .redistribute import redistribute
     from .reorder import reorder_heads
+    from .routed import routed_attention, routed_path
     from .runs import Packed, find_runs, pack_runs
     from .sparse import Path, block_sparse_attention, choose_path
     from .statistics import block_statistics
@@ -54,6 +55,8 @@ __all__ = [
     "quantised_attention",
     "redistribute",
     "reorder_heads",
+    "routed_attention",
+    "routed_path",
     "row_topk",
     "survey",
 ]

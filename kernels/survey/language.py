@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import classes, deadband, packed, runs
+from .. import classes, deadband, packed, routed, runs
 from ..classes.reference import class_attention_reference
 from ..deadband.reference import dead_band_reference
 from ..dense import dense_attention
 from ..packed.reference import packed_attention_reference
 from ..redistribute import OTHER, TARGET, decode_obstacle, redistribute, redistribute_decode
 from ..redistribute.reference import CLASSES, redistribute_reference
+from ..routed.plan import triton_obstacle as routed_obstacle
+from ..routed.reference import routed_reference
 from ..runs.reference import find_runs_reference, pack_runs_reference
 from .problem import TOKENS, Operator, Problem, Tensors, Why, example
 
@@ -33,6 +35,13 @@ def operators(every: tuple[torch.dtype, ...]) -> dict[str, Operator]:
         "pack_runs": (_why(lambda p: runs.triton_obstacle(p.k, p.v)), every, _pack_runs, _pack_runs_exact),
         "packed_attention": (_why(lambda p: packed.triton_obstacle(p.q, p.k, CHUNK, 5)), every, _packed, _packed_exact),
         "class_attention": (_why(_class_obstacle), every, _classes, _classes_exact),
+        "routed_attention": (_why(lambda p: routed_obstacle(p.q, p.k)), every, _routed, _routed_exact),
+        "routed_attention, backward": (
+            _why(lambda p: "weights are computed again in plain torch"),
+            every,
+            _routed_backward,
+            _routed_backward_exact,
+        ),
         "redistribute": (
             _why(lambda p: "only decoding has a Triton kernel"),
             every,
@@ -109,6 +118,42 @@ def _past(p: Problem) -> tuple[runs.Packed, Tensor, list[int]]:
     begins = runs.find_runs(keys, NEAR, metric="euclidean", chunk=CHUNK)
     made = runs.pack_runs(keys, p.v[:, :, :PAST], begins)
     return made, begins.sum(-1, dtype=torch.int32).expand(5, -1, -1).contiguous(), [PAST] * 5
+
+
+# --- routed heads ----------------------------------------------------------------------------------------------------
+
+
+def _routing(p: Problem) -> dict[str, Any]:
+    """Half of the rows, gates, a causal diagonal and a little padding."""
+    at = torch.arange(TOKENS, device=p.q.device)
+    active = torch.stack([(at * 7 + h) % 5 < 2 + h for h in range(p.q.shape[1])])[None]
+    gates = 0.5 + (at % 3).float().expand(1, p.q.shape[1], -1) / 2
+    return {"active": active, "gates": gates, "causal": True, "mask": (at >= 9)[None, None, None]}
+
+
+def _routed(p: Problem) -> Tensors:
+    path: Any = "blocked" if routed_obstacle(p.q, p.k) else "triton"
+    return (routed.routed_attention(p.q, p.k, p.v, **_routing(p), path=path),)
+
+
+def _routed_exact(p: Problem) -> Tensors:
+    return (routed_reference(p.q, p.k, p.v, **_routing(p)),)
+
+
+def _routed_backward(p: Problem) -> Tensors:
+    return _routed_gradients(p, routed.routed_attention)
+
+
+def _routed_backward_exact(p: Problem) -> Tensors:
+    return _routed_gradients(p, routed_reference)
+
+
+def _routed_gradients(p: Problem, attend: Callable[..., Tensor]) -> Tensors:
+    with torch.enable_grad():
+        leaves = [x.detach().clone().requires_grad_() for x in (p.q, p.k, p.v)]
+        out = attend(*leaves, **_routing(p))
+        wave = torch.arange(out.numel(), device=out.device).view(out.shape).sin()
+        return torch.autograd.grad(out, leaves, wave.to(out.dtype))
 
 
 # --- classes of keys -------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ OPERATORS = {
     "class_attention",
     "redistribute",
     "redistribute, decoding",
+    "routed_attention",
+    "routed_attention, backward",
 }
 
 

@@ -1,0 +1,53 @@
+"""Which implementation a call takes, and why."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import gpu
+from ..sparse.plan import Path
+
+__all__ = ["Path", "routed_path", "triton_obstacle"]
+
+# Measured on a CPU with AVX2 and one thread against torch's dense kernel (benchmarks/routed_attention.py): (pairs of
+# tokens, share of the routed rows up to which computing only the active ones gains).
+PAYS_BELOW_SHARE = ((2048 * 2048, 0.75), (1024 * 1024, 0.65), (512 * 512, 0.5))
+# The Triton kernel: unmeasured. Below 4,096 tokens a dense call is a matter of a few waves.
+GPU_PAYS_FROM_PAIRS = 4096 * 4096
+
+
+def routed_path(q: Tensor, k: Tensor, active: Tensor, shared: int = 0) -> Path:
+    """Path that :func:`patchkit.kernels.routed_attention` takes unless it is told one.
+
+    Args:
+        q: (B, H, N, D).
+        k: (B, G, M, D).
+        active: (B, H, N) bool. Counted on a CPU; an accelerator is not waited for.
+        shared: heads that serve every row.
+
+    Returns:
+        "dense" (all heads, times their gates), "blocked" (active rows gathered, plain torch) or "triton".
+    """
+    n, m = q.shape[2], k.shape[2]
+    what = f"{n} x {m} tokens, D = {q.shape[-1]}, {q.dtype} on {q.device}"
+    if shared >= q.shape[1]:
+        return Path("dense", f"{what}: every head is shared", False)
+    missing = triton_obstacle(q, k)
+    if missing is None:
+        if n * m < GPU_PAYS_FROM_PAIRS:
+            return Path("dense", f"{what}: too short to gain over dense", False)
+        return Path("triton", what, True)
+    if q.device.type != "cpu":
+        return Path("dense", f"{what}: {missing}, and gathered rows are not measured there", False)
+    below = next((share for least, share in PAYS_BELOW_SHARE if n * m >= least and n > 1), 0.0)
+    if not below:
+        return Path("dense", f"{what}: too short to gain over dense", False)
+    share = float(active[:, shared:].float().mean()) if active.numel() else 0.0
+    if share > below:
+        return Path("dense", f"{what}: {share:.2f} of the routed rows are active, too many to gain over dense", False)
+    return Path("blocked", f"{what}: {share:.2f} of the routed rows are active", True)
+
+
+def triton_obstacle(q: Tensor, k: Tensor) -> str | None:
+    """Why the Triton kernel does not take this call; None when it does. Reads no tensor."""
+    return gpu.obstacle(q.device) or "routed heads have no Triton kernel"
