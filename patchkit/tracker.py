@@ -55,7 +55,7 @@ class Tracker:
         self._grid_rules = grid_rules
         self._place = place
         self._on_reset = on_reset
-        self._signatures: dict[type, inspect.Signature] = {}
+        self._signatures: dict[type, tuple[list[str], str | None]] = {}
         self._frames: list[Frame] = []
         self._contexts: dict[str, str] = {}  # component -> name of the running cache_context
         self._loose: Frame | None = None
@@ -111,18 +111,22 @@ class Tracker:
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The denoiser's inputs by name."""
-        cls = type(module)
-        if cls not in self._signatures:
-            self._signatures[cls] = inspect.signature(cls.forward)
-        try:
-            bound = self._signatures[cls].bind_partial(module, *args, **kwargs)
-        except TypeError:  # the call itself is wrong: the module will say so better than we can
+        if not args:
             return dict(kwargs)
-        named = dict(bound.arguments)
-        for name, parameter in bound.signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                named.update(named.pop(name, {}))
-        return named
+        names, rest = self._positional(type(module))
+        over = args[len(names) :]
+        if (over and rest is None) or any(name in kwargs for name in names[: len(args)]):
+            return dict(kwargs)  # the call itself is wrong: the module will say so better than we can
+        return dict(zip(names, args, strict=False)) | ({rest: over} if over and rest else {}) | kwargs
+
+    def _positional(self, cls: type) -> tuple[list[str], str | None]:
+        """Names of the arguments that a module takes by position, and of the one that collects any further ones."""
+        if cls not in self._signatures:  # once a class: reading it costs more than many a call
+            _, *parameters = inspect.signature(cls.forward).parameters.values()
+            by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+            self._signatures[cls] = ([p.name for p in parameters if p.kind in by_place], rest)
+        return self._signatures[cls]
 
     def moment(self, component: str, inputs: dict[str, Any]) -> Moment:
         """Step, total and branch of a denoiser call that is about to run."""

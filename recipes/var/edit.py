@@ -17,7 +17,7 @@ from patchkit.kernels.redistribute import decode_obstacle, redistribute_decode
 from patchkit.recipes.var.sinks import KeyMap
 
 ROWS = 128  # of queries at a time: (B, H, 128, Nk) fp32 is kept
-FUSED_KEYS = 2048  # from so many keys on, reading them twice while decoding is worth a kernel of its own
+FUSED_KEYS = 512  # from so many keys on, reading them twice while decoding is worth a kernel of its own
 
 
 @dataclass(frozen=True)
