@@ -119,7 +119,7 @@ class Tracker:
             return dict(kwargs)  # the call itself is wrong: the module will say so better than we can
         return dict(zip(names, args, strict=False)) | ({rest: over} if over and rest else {}) | kwargs
 
-    def _positional(self, cls: type) -> tuple[list[str], str | None]:
+    def _positional(self, cls: type[torch.nn.Module]) -> tuple[list[str], str | None]:
         """Names of the arguments that a module takes by position, and of the one that collects any further ones."""
         if cls not in self._signatures:  # once a class: reading it costs more than many a call
             _, *parameters = inspect.signature(cls.forward).parameters.values()
