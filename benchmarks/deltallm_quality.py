@@ -70,6 +70,7 @@ class Bench:
         self.keys: list[list[torch.Tensor]] = []
         self.dense: torch.Tensor | None = None
         self.plain: list[list[int]] = []
+        self.runs: dict[float, torch.Tensor] = {}  # losses of the recipe's own rule, by target
 
     def options(self, one: One) -> One:
         """Options with calibrated thresholds."""
@@ -114,10 +115,19 @@ class Bench:
             means = patch.report()["recipes"][0]["means"]
         out: One = {"perplexity": round(math.exp(float(losses.mean())), 4)}
         out |= {k: round(v, 4) for k, v in means.items() if k in ("sparsity", "unchanged", "removed", "kept")}
-        change = losses - self.dense
-        out["loss_change"] = round(float(change.mean()), 5)
-        out["loss_change_error"] = round(float(change.std()) / math.sqrt(len(change)), 5)
+        out |= paired("loss_change", losses, self.dense)
+        if one.get("how") == "runs":
+            self.runs[one["target"]] = losses
+        elif one["variant"] == "rival":
+            out |= paired("beyond_runs", losses, self.losses_of_runs(one))
         return out | {"theta": recipe.theta}
+
+    def losses_of_runs(self, one: One) -> torch.Tensor:
+        """What a rival is compared with, token by token."""
+        if one["target"] not in self.runs:
+            with patchkit.apply(self.model, self.recipe({**one, "how": "runs"})):
+                self.runs[one["target"]] = self.losses()
+        return self.runs[one["target"]]
 
     def continuations(self, recipe: Any = None) -> list[list[int]]:
         """Greedy ones, one a prompt."""
@@ -140,6 +150,13 @@ class Bench:
         same = [[x == y for x, y in zip(a, b, strict=True)] for a, b in pairs]
         until = [row.index(False) if False in row else len(row) for row in same]
         return {"same_until": until, "same": [round(sum(row) / len(row), 3) for row in same], "prompt": PROMPT}
+
+
+def paired(name: str, losses: torch.Tensor, others: torch.Tensor) -> One:
+    """Mean difference of two sets of losses, token by token, and its standard error."""
+    change = losses - others
+    error = float(change.std()) / math.sqrt(len(change))
+    return {name: round(float(change.mean()), 5), f"{name}_error": round(error, 5)}
 
 
 def main() -> int:
