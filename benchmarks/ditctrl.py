@@ -2,11 +2,13 @@
 
     python benchmarks/ditctrl.py --groups 20                    long videos, then the edits; goes on where it was
     python benchmarks/ditctrl.py --groups 1 --steps 2 --dry     whether it runs
+    python benchmarks/ditctrl.py --dedup [--memory]             what it costs instead (see ditctrl_cost.py)
 
 Long videos: one clip for each prompt by itself (isolated), blending without shared keys, shared keys without masks, and
 all of it. A row has, for the frames that belong to one prompt alone, what the detectors read; CSCV (the paper's
-formula) over the mean patch features of zoo/vlm's CLIP tower and over colours and outlines; and smoothness. Edits: what
-the detectors read, and the PSNR outside the object against the source. Isolated clips are put behind each other.
+formula) over the mean patch features of zoo/vlm's CLIP tower, over colours and outlines, and with --clip over the pooled
+features of a real CLIP, as the paper has it; and smoothness. Edits: what the detectors read, and the PSNR outside the
+object against the source. Isolated clips are put behind each other.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import ditctrl_cost
 import torch
 from rows import RESULTS, append, conditions, read
 from torch import Tensor
 
 import patchkit
 from patchkit import metrics, zoo
-from patchkit.evaluation import temporal
+from patchkit.evaluation import learned, temporal
 from patchkit.zoo import detect, worlds
 
 OVERLAP, LENGTH = 6, 17
@@ -89,10 +92,17 @@ def objects(group: tuple[Any, ...]) -> list[str]:
     return [words[0].split()[1] for words in group[1:]]
 
 
-def features(tower: Any, clip: Tensor) -> Tensor:
-    """(F, 128) mean of the patches' features in the tower's last layer."""
-    with torch.no_grad():
-        return tower(pixel_values=(clip - 0.5) / 0.5).last_hidden_state[:, 1:].mean(1)
+def extractors(clip: str | None) -> dict[str, Any]:
+    """Features that CSCV is computed over, by name: (F, 3, H, W) -> (F, n)."""
+    tower = zoo.load("vlm").model.model.vision_tower
+
+    def patches(frames: Tensor) -> Tensor:
+        """(F, 128) mean of the patches' features in the tower's last layer."""
+        with torch.no_grad():
+            return tower(pixel_values=(frames - 0.5) / 0.5).last_hidden_state[:, 1:].mean(1)
+
+    found = {"vlm": patches, "plain": lambda frames: torch.cat(temporal.frame_features(frames), 1)}
+    return found | ({"clip": learned.clip_frames(clip)} if clip else {})
 
 
 def judged(clip: Tensor, prompts: list[str]) -> dict[str, float]:
@@ -108,7 +118,7 @@ def judged(clip: Tensor, prompts: list[str]) -> dict[str, float]:
 
 
 def long_row(
-    pipe: Any, tower: Any, group: tuple[Any, ...], label: str, seed: int, call: dict[str, Any]
+    pipe: Any, features: dict[str, Any], group: tuple[Any, ...], label: str, seed: int, call: dict[str, Any]
 ) -> dict[str, Any]:
     prompts = [caption(*words) for words in group[1:]]
     options, report = LONG[label], {}
@@ -126,12 +136,10 @@ def long_row(
         report = {"block_forwards": entry["counts"]["block forwards"]}
         report["block_forwards_pairwise"] = entry["counts"]["block forwards without sharing"]
         right = judged(clip, prompts)
-    colours, outlines = temporal.frame_features(clip)
     return {
         "frames": len(clip),
         **{f"right_{name}": round(float(value), 4) for name, value in right.items()},
-        "cscv_vlm": round(temporal.cscv(features(tower, clip)), 4),
-        "cscv_plain": round(temporal.cscv(torch.cat([colours, outlines], 1)), 4),
+        **{f"cscv_{name}": round(temporal.cscv(of(clip)), 4) for name, of in features.items()},
         "smoothness": round(float(temporal.smoothness(clip).mean()), 4),
         **report,
     }
@@ -185,14 +193,32 @@ def wanted_rows(groups: int, only: list[str] | None) -> Iterator[tuple[str, int,
 
 
 def measure(
-    kind: str, number: int, label: str, loaded: tuple[Any, Any], seed: int, call: dict[str, Any]
+    kind: str, number: int, label: str, loaded: tuple[Any, dict[str, Any]], seed: int, call: dict[str, Any]
 ) -> dict[str, Any]:
-    pipe, tower = loaded
+    pipe, features = loaded
     if kind == "long":
-        return {"changes": GROUPS[number][0]} | long_row(pipe, tower, GROUPS[number], label, seed, call)
+        return {"changes": GROUPS[number][0]} | long_row(pipe, features, GROUPS[number], label, seed, call)
     if kind == "swap":
         return swap_row(pipe, EDITS[number], label, seed, call)
     return reweight_row(pipe, EDITS[number][1], float(label), seed, call)
+
+
+def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
+    print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    if not args.dry:
+        append(args.out, conditions("cpu") | {"benchmark": "ditctrl", "model": "zoo/video"} | row)
+
+
+def measure_cost(pipe: Any, args: argparse.Namespace) -> int:
+    labels = {"labels": tuple(args.labels)} if args.labels else {}
+    counts = {"counts": tuple(args.prompts)} if args.prompts else {}
+    if args.dedup:
+        for row in ditctrl_cost.dedup_rows(pipe, args.steps, args.rounds, **counts, **labels):
+            keep({"kind": "dedup"} | row, args)
+    if args.memory:
+        for row in ditctrl_cost.memory_rows(pipe, **counts):
+            keep({"kind": "memory"} | row, args)
+    return 0
 
 
 def main() -> int:
@@ -204,24 +230,29 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "ditctrl.jsonl")
+    parser.add_argument("--clip", help="folder or hub id (with HF_HUB_OFFLINE=0) of a CLIP model")
     parser.add_argument("--dry", action="store_true", help="write no row")
+    parser.add_argument("--dedup", action="store_true", help="measure what computing segments once gains")
+    parser.add_argument("--memory", action="store_true", help="measure the peak of tensors by the number of segments")
+    parser.add_argument("--prompts", type=int, nargs="*", help="of --dedup and --memory: these numbers of prompts")
+    parser.add_argument("--rounds", type=int, default=3, help="of --dedup")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pipe = zoo.load("video")
     pipe.set_progress_bar_config(disable=True)
-    loaded = pipe, zoo.load("vlm").model.model.vision_tower
+    if args.dedup or args.memory:
+        return measure_cost(pipe, args)
+    loaded = pipe, extractors(args.clip)
     call = {**zoo.defaults("video"), "num_inference_steps": args.steps}
     call.pop("prompt", None)
     key = ("kind", "group", "label", "seed", "steps")
-    done = {tuple(row[k] for k in key) for row in read(args.out)}
+    done = {tuple(row.get(k) for k in key) for row in read(args.out)}
     for kind, number, label in wanted_rows(args.groups, args.labels):
         name = (kind, number, label, args.seed, args.steps)
         if name in done or kind not in args.kinds or (args.labels and label not in args.labels):
             continue
         row = dict(zip(key, name, strict=True)) | measure(kind, number, label, loaded, args.seed + number, call)
-        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-        if not args.dry:
-            append(args.out, conditions("cpu") | {"benchmark": "ditctrl", "model": "zoo/video"} | row)
+        keep(row, args)
     return 0
 
 

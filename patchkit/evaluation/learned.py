@@ -21,6 +21,7 @@ LPIPS_MISSING = 'pip install "patchkit[metrics]"'
 CLIP_MISSING = "give --clip FOLDER or a hub id, such as openai/clip-vit-base-patch32"
 DINO_MISSING = "give --dino FOLDER or a hub id, such as facebook/dinov2-small"
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for models that do not say theirs
+_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 BATCH = 32
 
 
@@ -123,6 +124,35 @@ def _clip(name: str, device: str) -> Callable[[Tensor, Tensor | None, str], dict
     return score
 
 
+def clip_frames(name: str, device: str = "cpu") -> Callable[[Tensor], Tensor]:
+    """A function that gives the features of a video's frames for :func:`patchkit.evaluation.temporal.cscv`.
+
+    They are what DiTCtrl (arXiv 2412.18597) measures with: the pooled output of CLIP's vision tower, before the
+    projection to the space that it shares with text. Frames are scaled to the tower's size on their shorter side and
+    cut to a square in the middle.
+
+    Args:
+        name: folder or hub id of a CLIP model of transformers, whole or its vision tower; the paper has ViT-B/32.
+        device: where it computes.
+
+    Returns:
+        (F, 3, H, W) in [0, 1] -> (F, D) on the CPU.
+
+    Raises:
+        InvalidOption: the model cannot be loaded.
+    """
+    from transformers import CLIPVisionModel
+
+    model: Any = _load(name, "--clip", lambda: CLIPVisionModel.from_pretrained(name)).to(device).eval()
+    mean, deviation = _normalisation(name, _CLIP)
+
+    def features(clip: Tensor) -> Tensor:
+        size = model.config.image_size
+        return _encode(clip, size, mean, deviation, lambda x: model(pixel_values=x).pooler_output, device)
+
+    return features
+
+
 def _dino(name: str, device: str) -> Callable[[Tensor, Tensor | None, str], dict[str, float]]:
     from transformers import AutoModel
 
@@ -168,7 +198,9 @@ def _adjacent(frames: Tensor, name: str) -> dict[str, float]:
     return {name: float(F.cosine_similarity(frames[1:], frames[:-1]).mean())} if len(frames) > 1 else {}
 
 
-def _normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(
+    name: str, default: tuple[tuple[float, ...], tuple[float, ...]] = (_MEAN, _DEVIATION)
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What the model's own preprocessing says, where it says something."""
     import json
 
@@ -181,10 +213,10 @@ def _normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         except (OSError, ValueError):
             found = None
         if found is None:
-            return _MEAN, _DEVIATION
+            return default
         path = Path(found)
     said = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(said.get("image_mean", _MEAN)), tuple(said.get("image_std", _DEVIATION))
+    return tuple(said.get("image_mean", default[0])), tuple(said.get("image_std", default[1]))
 
 
 def _short(error: BaseException) -> str:

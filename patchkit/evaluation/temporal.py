@@ -86,7 +86,7 @@ def cscv(features: Tensor) -> float:
     stands still has 1, so a figure of what it shows belongs beside it.
 
     Args:
-        features: (F, n), one row a frame, F at least 2.
+        features: (F, n), one row a frame, F at least 2; CLIP's by :func:`patchkit.evaluation.learned.clip_frames`.
     """
     likeness = F.cosine_similarity(features[1:].double(), features[:-1].double(), dim=1)
     variation = float(likeness.std(correction=0) / likeness.mean())

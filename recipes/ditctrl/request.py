@@ -138,7 +138,8 @@ def _check_negative(recipe: DiTCtrl, model: Model, given: dict[str, Any], where:
 
 
 def _layout(recipe: DiTCtrl, model: Model, pipe: Any, given: dict[str, Any], prompts: int, where: str) -> Layout:
-    config = (pipe.transformer or pipe.transformer_2).config
+    # by identity: a module wrapped by torch.compile has no truth value
+    config = (pipe.transformer if pipe.transformer is not None else pipe.transformer_2).config
     frames, place = given.get("num_frames"), f"{where} 'num_frames'"
     frames = config.sample_frames if frames is None else frames
     ratio = int(getattr(pipe, model.frame_ratio))

@@ -102,3 +102,27 @@ def test_a_model_that_cannot_be_loaded(tmp_path):
     with pytest.raises(InvalidOption, match="could not be loaded") as caught:
         learned.prepare(str(tmp_path), None, "cpu")
     assert caught.value.where == f"--clip {tmp_path}"
+
+
+def test_features_of_frames_for_cscv(clip_folder, tmp_path):
+    """The vision tower's pooled output, from a whole CLIP or its tower; frames of any shape; CLIP's normalisation."""
+    from transformers import CLIPVisionModel
+
+    from patchkit.evaluation import temporal
+
+    tower = CLIPVisionModel.from_pretrained(clip_folder).eval()
+    tower.save_pretrained(tmp_path)
+    clip = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in learned._CLIP)
+    with torch.no_grad():
+        expected = tower(pixel_values=(clip - mean) / deviation).pooler_output
+    for name in (clip_folder, tmp_path):
+        features = learned.clip_frames(str(name))
+        torch.testing.assert_close(features(clip), expected, atol=1e-5, rtol=1e-4)
+    wide = torch.nn.functional.pad(clip, (16, 16))  # the middle is cut out
+    torch.testing.assert_close(features(wide), expected, atol=1e-2, rtol=1e-2)
+    assert 0 < temporal.cscv(features(clip)) < 1
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    assert not torch.allclose(learned.clip_frames(str(tmp_path))(clip), expected, atol=1e-4)
+    with pytest.raises(InvalidOption, match="--clip nowhere"):
+        learned.clip_frames("nowhere")

@@ -29,7 +29,8 @@ from . import tokenizers
 from .build import clip_text, seeded, t5_text
 
 
-def _cogvideox(layers: int, *, rope: bool) -> CogVideoXPipeline:
+def _cogvideox(layers: int, *, rope: bool, **config: object) -> CogVideoXPipeline:
+    size = {"sample_width": 4, "sample_height": 4, "use_rotary_positional_embeddings": rope} | config
     transformer = seeded(
         CogVideoXTransformer3DModel,
         num_attention_heads=2,
@@ -39,13 +40,11 @@ def _cogvideox(layers: int, *, rope: bool) -> CogVideoXPipeline:
         time_embed_dim=2,
         text_embed_dim=32,
         num_layers=layers,
-        sample_width=4,
-        sample_height=4,
         sample_frames=9,
         patch_size=2,
         temporal_compression_ratio=4,
         max_text_seq_length=16,
-        use_rotary_positional_embeddings=rope,
+        **size,
     )
     vae = seeded(
         AutoencoderKLCogVideoX,
@@ -84,6 +83,11 @@ def cogvideox(layers: int = 2) -> CogVideoXPipeline:
 def cogvideox2b(layers: int = 2) -> CogVideoXPipeline:
     """The 2B style: positions added at the embedding, no RoPE, DDIM scheduler (which has no ``step_index``)."""
     return _cogvideox(layers, rope=False)
+
+
+def cogvideox15(layers: int = 2) -> CogVideoXPipeline:
+    """The 1.5 style: two latent frames a token, positions sliced off a larger table. Not in the tables of entries."""
+    return _cogvideox(layers, rope=True, patch_size_t=2, patch_bias=False, sample_height=8, sample_width=8)
 
 
 def _hunyuan_text() -> LlamaModel:
