@@ -6,8 +6,8 @@
 
 Long videos: one clip for each prompt by itself (isolated), blending without shared keys, shared keys without masks, and
 all of it. A row has, for the frames that belong to one prompt alone, what the detectors read; CSCV (the paper's
-formula) over the mean patch features of zoo/vlm's CLIP tower, over colours and outlines, and with --clip over the pooled
-features of a real CLIP, as the paper has it; and smoothness. Edits: what the detectors read, and the PSNR outside the
+formula) over the mean patch features of zoo/vlm's CLIP tower, over colours and outlines, and with --clip over the
+pooled features of a real CLIP, as the paper has it; and smoothness. Edits: what the detectors read, PSNR outside the
 object against the source. Isolated clips are put behind each other.
 """
 

@@ -261,6 +261,20 @@ def test_ditctrl_measures_a_long_video_once(script, tmp_path: Path, monkeypatch,
     assert len(set(module.GROUPS)) == 20
 
 
+def test_ditctrl_measures_its_cost(script, tmp_path: Path, monkeypatch) -> None:
+    """Blocks as counted by hand, the same bits; and memory of one segment and of two."""
+    module, out = script("ditctrl"), tmp_path / "rows.jsonl"
+    arguments = ["--dedup", "--memory", "--prompts", "2", "--labels", "blending", "--steps", "1", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["ditctrl.py", *arguments, "--out", str(out)])
+    assert module.main() == 0
+    dedup, *memory = (json.loads(line) for line in out.read_text().splitlines())
+    assert (dedup["segments"], dedup["block_forwards"], dedup["block_forwards_pairwise"]) == (3, 3 * 6, 4 * 6)
+    assert dedup["equal"]
+    assert dedup["gain_processor"] > 0
+    assert [row["latent_frames"] for row in memory] == [28, 28]
+    assert all(row["peak_bytes"] > row["largest_tensor_bytes"] > row["latents_bytes"] for row in memory)
+
+
 def test_ditctrl_reads_each_prompt_where_it_is_alone(script) -> None:
     import torch
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,7 +20,9 @@ from torch import Tensor
 
 import patchkit
 from patchkit import InvalidOption
+from patchkit.recipe_files import files, yamlread
 from patchkit.recipes.ditctrl import DiTCtrl
+from patchkit.runs import running
 
 TWO = ["a red circle", "a blu circle"]
 
@@ -180,3 +185,31 @@ def test_compiled_is_eager(name: str, way: str, mode: str) -> None:
     whole = way in ("whole", "wrapped")
     assert ("could not stand around the blocks" in text) == whole
     assert ("block forwards" in counts) == (not whole)
+
+
+# --- what one sees --------------------------------------------------------------------------------------------
+
+
+def test_a_bar_counts_the_clips_of_each_step() -> None:
+    """Beside the pipeline's own, and hidden where that is."""
+    entry, pipe = build("cogvideox2b", 2)
+    call = {**entry.arguments(), "prompt": TWO, "negative_prompt": None, "num_inference_steps": 2}
+    for hidden in (False, True):
+        shown = io.StringIO()
+        pipe.set_progress_bar_config(disable=hidden, file=shown)
+        with patchkit.apply(pipe, DiTCtrl(overlap=1, kv_steps=None)):
+            pipe(**call, generator=torch.Generator().manual_seed(0))
+        states = re.findall(r"clips of this step: .*?(\d)/(\d) ", shown.getvalue())
+        assert [int(n) for n, total in states if total == "3" and n != "0"] == ([] if hidden else [1, 2, 3] * 2)
+
+
+@pytest.mark.parametrize("name", ["ditctrl-swap", "ditctrl-reweight"])
+def test_shipped_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a single step. The long one is run by the test of its benchmark."""
+    monkeypatch.chdir(tmp_path)
+    text = files.examples()[name].replace("num_inference_steps: 20", "num_inference_steps: 1")
+    job = running.job_of(files.parse(yamlread.read_text(text, f"{name}.yaml")))
+    result = running.run(job, say=lambda _: None, bars=False)
+    videos_of = sorted(p for p in tmp_path.rglob("*") if p.suffix == ".mp4")
+    assert len(videos_of) == 2
+    assert any("ditctrl" in text for text in result.report.values())
