@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from patchkit.ledger import Ledger
 from patchkit.recipe_base import Recipe
@@ -11,6 +11,16 @@ from patchkit.selection import StepWindow
 from patchkit.sites import Site
 
 Key = tuple[str, str, str, int]  # component, site, branch (states: and part), op index
+
+
+class Attachment(Protocol):
+    """What a recipe has put on a model; see :meth:`patchkit.Recipe.attach`."""
+
+    def switch(self, on: bool) -> None:
+        """Let it work, or not; the patch is enabled or disabled."""
+
+    def remove(self) -> None:
+        """Take it off, exactly. Called once, after everything else is gone."""
 
 
 @dataclass(eq=False)
@@ -22,6 +32,7 @@ class Bound:
     sites: list[Site]
     enabled: bool = True
     prepared: Any = None  # what the recipe found when it looked at the model
+    attachment: Attachment | None = None
     window: StepWindow = field(init=False)
     states: dict[Key, dict[str, Any]] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)  # for all calls at all levels
@@ -56,6 +67,9 @@ class Bound:
 
     def let_go(self) -> None:
         """Hold nothing of the model any more: the handle of a removed patch may live on."""
+        attached, self.attachment = self.attachment, None
+        if attached is not None:
+            attached.remove()
         self.sites = []
         self.clear()
         self.carried.clear()

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from patchkit.blocks import Block
     from patchkit.installation import Installation
 
 _numbers = itertools.count(1)
 _by_number: weakref.WeakValueDictionary[int, Installation] = weakref.WeakValueDictionary()
-_blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
-_listeners: dict[int, weakref.WeakMethod[Callable[[Block, Tensor], None]]] = {}
+_blocks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_listeners: dict[int, weakref.WeakMethod[Callable[[Any, Tensor], None]]] = {}
 
 
 def register(installation: Installation) -> Tensor:
@@ -91,8 +90,8 @@ hear.register_autograd(_backward, setup_context=_remember)
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
-def number(block: Block, listener: Callable[[Block, Tensor], None]) -> Tensor:
-    """What a graph knows a block by. ``listener``, a method, is shown what enters it."""
+def number(block: Any, listener: Callable[[Any, Tensor], None]) -> Tensor:
+    """What a graph knows a block (or another place) by. ``listener``, a method, is shown what comes by."""
     new = next(_numbers)
     _blocks[new], _listeners[new] = block, weakref.WeakMethod(listener)
     weakref.finalize(block, _listeners.pop, new, None)

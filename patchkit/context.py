@@ -114,6 +114,9 @@ class AttentionCall(_Timed):
             unknown.
         first: number of the key that belongs to the first query, in a language model; None if unknown.
         dropped: tokens of the sequence that a sliding window has let go: key j belongs to token j + dropped.
+        hidden: (B, Nq, C) what the attention module was given, if the recipe listens to it; else None.
+        queries: (B, H, Nq, D) as the query projection made them, before any norm and RoPE, if the recipe listens to
+            them; else None.
         moment: step, total and guidance branch.
         state: what this recipe keeps for (component, site, branch, index) until the run ends.
         shared: what this recipe keeps until the run ends for all calls at all levels.
@@ -135,6 +138,8 @@ class AttentionCall(_Timed):
     real: Tensor | None = None
     first: int | None = None
     dropped: int = 0
+    hidden: Tensor | None = None
+    queries: Tensor | None = None
     moment: Moment = field(default_factory=Moment)
     state: dict[str, Any] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)

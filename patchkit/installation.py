@@ -18,6 +18,7 @@ from patchkit.drift import swapped
 from patchkit.entry import alive, enter
 from patchkit.errors import Conflict
 from patchkit.journal import Journal
+from patchkit.listening import Ear, What
 from patchkit.ordering import ordered
 from patchkit.rebind import Slot
 from patchkit.sequences import Sequences
@@ -110,13 +111,24 @@ class Installation:
     def add(self, bounds: list[Bound]) -> None:
         """Let the recipes of one patch in."""
         for bound in bounds:
+            bound.attachment = bound.recipe.attach(self.adapter.target, bound.sites)
+        for bound in bounds:
             for site in bound.sites if bound.recipe.wraps("attend") else ():
                 if site not in self.installed:
                     self.installed.add(site)  # first: a failure inside is taken back for it
                     self.adapter.install(site, self.journal, site, self.slot)
+                self._listen_to(site, bound.recipe.listens(site))
         self.blocks.install(bounds, self.journal)
         self.bound.extend(bounds)
         self.rebuild()
+
+    def _listen_to(self, site: Site, what: frozenset[What]) -> None:
+        """Keep what a site's module is given for its recipes; hooks stay until the installation is over."""
+        known = site.ear.what if site.ear is not None else frozenset()
+        if not what <= known:
+            ear = Ear(site.module, known | what)
+            self.journal.do(site, ear.open, ear.close, "hooks")
+            site.ear = ear
 
     def leave(self, owner: object) -> list[str]:
         """Let the recipes of one patch out; the last one takes everything back. Returns what had drifted."""
@@ -138,6 +150,7 @@ class Installation:
         self.bound = [b for b in self.bound if b.owner is not owner]
         for site in self.installed - keep[0]:
             self.journal.undo(site)
+            site.ear = None
         self.installed = set(keep[0])
         self.blocks.withdraw(keep[1], self.journal)
         self.rebuild()
@@ -146,7 +159,9 @@ class Installation:
         """Take back every write."""
         self.slot.closed = True
         for site in self.sites:
-            site.chain = site.tracker = None  # sites may live on in a plan; the pipeline must not because of that
+            site.chain = site.tracker = site.ear = (
+                None  # sites may live on in a plan; the pipeline must not because of that
+            )
         drift = swapped(self) + self.journal.undo()
         self.adapter.close()
         self.installed.clear()

@@ -36,6 +36,8 @@ class Patch:
         except BaseException:
             # what was there stays, what came goes
             installation.withdraw(self, keep=before, everything=fresh)
+            for bound in self._bounds:
+                bound.let_go()
             raise
 
     @property
@@ -70,6 +72,8 @@ class Patch:
         installation = self._live()
         for bound in self._bounds:
             bound.enabled = on
+            if bound.attachment is not None:
+                bound.attachment.switch(on)
             bound.clear()
         installation.rebuild()
 

@@ -15,7 +15,9 @@ from patchkit.selection import Indices, StepWindow
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from patchkit.bound import Attachment
     from patchkit.context import AttentionCall, BlockCall, BlockInput, DenoiseCall, RunCall
+    from patchkit.listening import What
     from patchkit.sites import Site
 
 Effect = Literal["replaces", "adjusts"]
@@ -80,11 +82,30 @@ class Recipe:
         """Why this site cannot be patched, or None if it can. Called once per selected site, at apply."""
         return None
 
+    def listens(self, site: Site) -> frozenset[What]:
+        """What its :meth:`attend` needs of a site's module besides the op's inputs.
+
+        ``"hidden"``: what the module is given, then ``call.hidden``. ``"queries"``: what its query projection makes,
+        before any norm, then ``call.queries`` (see :func:`patchkit.listening.projection_name`).
+        """
+        return frozenset()
+
     def prepare(self, target: Any, sites: list[Site]) -> Any:
         """Look at the model before anything is changed; raise if the recipe cannot work on it.
 
         What it returns, calls at ops and blocks find again as ``call.prepared``.
         """
+
+    def attach(self, target: Any, sites: list[Site]) -> Attachment | None:
+        """Put parts of its own on the model, such as a trained adapter, before anything else is installed.
+
+        Whatever goes wrong must leave the model as it was. None = there are no such parts.
+        """
+        return None
+
+    def tuning(self, lora: dict[str, Any] | None) -> Any:
+        """The peft configuration that tunes a model for this recipe, with LoRA layers beside; see `patchkit train`."""
+        raise NotImplementedError
 
     def attend(self, call: AttentionCall, next: Callable[[AttentionCall], Tensor]) -> Tensor:
         """Stand around one attention op. Returns (B, H, Nq, D)."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from patchkit.context import Attend, AttentionCall
+    from patchkit.listening import Ear
     from patchkit.tracker import Tracker
 
 Kind = Literal["self", "cross", "joint"]
@@ -57,6 +58,7 @@ class Site:
     chain: Attend | None = None  # None: nothing stands around the op
     terminal: Attend | None = None  # the model's own op
     tracker: Tracker | None = None
+    ear: Ear | None = None  # for recipes that need what the module itself is given
 
     def __post_init__(self) -> None:
         self.tensor = torch.tensor(self.number, device="cpu")  # whatever the default device is
@@ -89,6 +91,8 @@ class Site:
             return self._own_op(call)
         assert self.tracker is not None
         self.tracker.fill(call)
+        if self.ear is not None:
+            self.ear.tell(call)
         return self.chain(call)
 
     def _own_op(self, call: AttentionCall) -> Tensor:

@@ -76,7 +76,7 @@ class TransformersAdapter(Adapter):
         _register()
         # somebody may have kept a config of ours beyond its patch
         config: Any = vars(site.module.config).get("_patchkit_original", site.module.config)
-        site.terminal = _terminal(site, config)
+        site.terminal = terminal(site, config)
         journal.set(owner, site.module, "config", _led(config, site, slot))
 
     def is_taken(self, site: Site) -> bool:
@@ -183,12 +183,10 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function. q (B, H, N, D), k and v (B, Hkv, N, D) -> (B, N, H, D) and weights or None."""
     config: Any = module.config
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    causal = one_way(module, query, attention_mask, is_causal)
     whole = key, value
-    if causal and key.shape[2] > query.shape[2] and config._patchkit_original._attn_implementation == "sdpa":
-        # the prefill of a static cache: torch counts from the first key on, and the slots behind are empty
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if causal:
+        key, value = filled(query, key, value, config._patchkit_original)
     if torch.compiler.is_compiling():
         lost = [name for name in _NOT_COMPILED if kwargs.get(name) is not None]
         if lost:
@@ -210,15 +208,44 @@ def _attention(
             softcap,
         )
         return out, None
-    extra: dict[str, Any] = {"dropout": dropout, "is_causal": is_causal, "causal": causal, "kwargs": kwargs}
-    if key is not whole[0]:
-        extra["told"], extra["whole"] = (key, value), whole
+    extra = extra_of(dropout, is_causal, causal, kwargs, (key, value), whole)
     site: Site = config._patchkit_site
     out = site.run(query, key, value, attention_mask, scaling, causal, 0, extra)
     return out.transpose(1, 2), extra.get("weights")
 
 
-def _terminal(site: Site, config: Any) -> Callable[[AttentionCall], Tensor]:
+def one_way(module: torch.nn.Module, query: Tensor, mask: Tensor | None, is_causal: bool | None) -> bool:
+    """Whether causality has to be added to what the mask says."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return bool(causal) and mask is None and query.shape[2] > 1
+
+
+def filled(query: Tensor, key: Tensor, value: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values without the empty slots behind them, in the prefill of a static cache.
+
+    torch's op counts causality from the first key on there, so those slots are not seen.
+    """
+    if key.shape[2] > query.shape[2] and config._attn_implementation == "sdpa":
+        return key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    return key, value
+
+
+def extra_of(
+    dropout: float,
+    is_causal: bool | None,
+    causal: bool,
+    kwargs: dict[str, Any],
+    told: tuple[Tensor, Tensor],
+    whole: tuple[Tensor, Tensor],
+) -> dict[str, Any]:
+    """What the end of a chain needs besides the call to run the model's own op."""
+    extra: dict[str, Any] = {"dropout": dropout, "is_causal": is_causal, "causal": causal, "kwargs": kwargs}
+    if told[0] is not whole[0]:
+        extra["told"], extra["whole"] = told, whole
+    return extra
+
+
+def terminal(site: Site, config: Any) -> Callable[[AttentionCall], Tensor]:
     """The op that the module's own config names; asked at each call, because users set another one meanwhile."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
