@@ -4,7 +4,8 @@
     video = pipe("a red circle moving right on a blue background")
     patch.remove()                           # one line off, exactly
 
-Importing this package imports none of the libraries and changes nothing in them.
+Importing this package imports none of the libraries and changes nothing in them. Where peft is imported, before or
+after, it learns of the adapters that recipes bring (:mod:`patchkit.waiting`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 _here = Path(__file__).resolve().parent
 if not (_here / "recipes").is_dir() and (_here.parent / "recipes").is_dir():
     __path__.append(str(_here.parent))  # a plain checkout: the folders beside this one are our subpackages
+
+from patchkit import waiting  # noqa: E402  behind the lines that make a plain checkout a package
 
 if TYPE_CHECKING:
     from patchkit import zoo
@@ -83,6 +86,9 @@ __all__ = [
     "status",
     "zoo",
 ]
+
+
+waiting.wait()
 
 
 def __getattr__(name: str) -> Any:

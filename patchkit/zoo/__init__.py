@@ -56,6 +56,12 @@ _ENTRIES = {
     "minilm": _Entry(
         folder="", pipeline="", about="all-MiniLM-L6-v2, a real sentence encoder of 6 layers, from a package of its own"
     ),
+    "bytes": _Entry(
+        folder="",
+        pipeline="",
+        about="an untrained Llama of 4 layers and 12 heads that reads bytes, to be trained from the beginning",
+        call={"prompt": "The tide turned at three in the morning, and", "max_new_tokens": 40},
+    ),
     "image": _Entry(
         folder="image",
         pipeline="StableDiffusionPipeline",

