@@ -1,0 +1,311 @@
+"""MoH: each token uses some of the attention heads, the same few for all tokens and the others by choice."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from patchkit.adapters.base import layers_of, unwrap
+from patchkit.context import AttentionCall, DenoiseCall
+from patchkit.errors import InvalidOption
+from patchkit.listening import What, has_query_norm, projection_name
+from patchkit.recipe_base import Recipe
+from patchkit.recipes.moh import compute
+from patchkit.recipes.moh.balance import Collector, add_to, imbalance
+from patchkit.recipes.moh.budget import Budget
+from patchkit.recipes.moh.gates import Gate, Gates, by_length
+from patchkit.registry import recipe
+from patchkit.sites import Site
+
+if TYPE_CHECKING:
+    from patchkit.bound import Attachment
+    from patchkit.recipes.moh.tuning import MoHConfig
+
+__all__ = ["MoH", "MoHConfig", "auxiliary_loss"]
+
+Next = Callable[[AttentionCall], Tensor]
+Amount = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
+GAINS = 1024  # queries from which leaving heads out gains on a CPU, for predictions
+BETA = 0.01  # weight of the load-balance loss, everywhere in the paper and its code
+ADAPTERS_OWN = ("shared", "active", "router", "gate", "shared_per_layer", "active_per_layer")
+_collectors: weakref.WeakKeyDictionary[Any, Collector] = weakref.WeakKeyDictionary()
+
+
+@recipe("moh")
+@dataclass(frozen=True, kw_only=True)
+class MoH(Recipe):
+    """Mixture-of-head attention: shared heads for every token, and for each token the routed heads that it chooses.
+
+    Each head's output is multiplied by its gate before the output projection. Keys and values of all heads are
+    computed for all tokens, so caches stay as large as they are. With few queries (decoding, short texts) nothing is
+    saved.
+
+    ``mode="preview"`` shows what an untrained model does with some of its heads off: a token chooses those whose
+    queries are longest. Quality is lost (the paper's 8B model at 75 % active: MMLU about 63 of 66) until the model has
+    been tuned with it, which is what :class:`MoHConfig` is for: ``peft.get_peft_model(model, MoHConfig(...))``.
+    ``mode="train"`` is the same with straight-through gates and the load-balance loss, for who trains the model's own
+    weights in a loop of their own.
+
+    Paper: MoH: Multi-Head Attention as Mixture-of-Head Attention, arXiv 2410.11842.
+
+    Args:
+        shared: heads that are on for every token, the first ones: a share (float) or a number (int).
+        active: heads that are on in all, shared ones included: a share or a number. Shares are rounded down.
+        router: how a token chooses. ``"qnorm"``: by the length of its queries, no parameters. ``"linear"``: by weights
+            that are learned; they come with an adapter, so only ``MoHConfig`` takes it.
+        gate: ``"binary"``: heads are on or off, the default with qnorm. ``"weighted"``: chosen heads weigh their
+            probability, scaled to mean 1.
+        mode: see above.
+        shared_per_layer: ``shared`` of every block, in place of one for all.
+        active_per_layer: ``active`` of every block.
+        min_tokens: queries from which on only the active heads are computed; with fewer all are, and then gated.
+            None: wherever that is known to be faster (*ours*).
+        adapter: folder of a trained adapter (`patchkit train` writes one), which is put on the model for as long as the
+            patch is on. It brings shared, active, router, gate and min_tokens with it.
+    """
+
+    shared: Amount = 0.5
+    active: Amount = 0.75
+    router: Literal["qnorm", "linear"] = "qnorm"
+    gate: Gate | None = None
+    mode: Literal["preview", "train"] = "preview"
+    shared_per_layer: list[Amount] | None = None
+    active_per_layer: list[Amount] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    adapter: str | None = None
+
+    summary: ClassVar[str] = (
+        "each token uses the attention heads that it chooses; a preview, and the way to tune for it"
+    )
+    paper: ClassVar[str] = "MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv 2410.11842)"
+    effect: ClassVar[Literal["replaces", "adjusts"]] = "replaces"
+    kinds: ClassVar[tuple[str, ...]] = ("self",)
+    models: ClassVar[tuple[str, ...]] = ("dit", "llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2", "bert", "vit")
+
+    # --- options ----------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """A budget that any number of heads can have, and a router that can be had here."""
+        where = f"recipe {self.name!r}, option "
+        if self.adapter is not None:
+            for name in self.options():
+                if name in (*ADAPTERS_OWN, "min_tokens", "mode", "layers", "targets", "exclude"):
+                    raise InvalidOption(
+                        f"{name} beside an adapter, which has its own", f"{where}{name!r}", "leave it out"
+                    )
+            return
+        if self.gate is None:
+            object.__setattr__(self, "gate", "binary" if self.router == "qnorm" else "weighted")
+        check_budgets(self, where)
+
+    def accepts(self, site: Site) -> str | None:
+        """Self-attention of several heads, whose queries can be seen as they were projected."""
+        return why_not(site, self.router)
+
+    def prepare(self, target: Any, sites: list[Site]) -> Collector:
+        """Budgets of all layers; where the layers' imbalances are gathered."""
+        if self.adapter is not None:
+            from patchkit.recipes.moh import attaching
+
+            attaching.check(self.adapter, target)
+            return Collector()
+        if self.router == "linear":
+            raise InvalidOption(
+                "an untrained linear router chooses by chance",
+                f"recipe {self.name!r}, option 'router'",
+                "train one (peft.get_peft_model(model, MoHConfig(router='linear')), or `patchkit train`), and give its "
+                "folder as `adapter`",
+            )
+        for site in sites:
+            budget_of(self, site)
+        collector = Collector()
+        if self.mode == "train":
+            _collectors[unwrap(target)] = collector
+        return collector
+
+    def attach(self, target: Any, sites: list[Site]) -> Attachment | None:
+        """The trained adapter, if one is asked for."""
+        if self.adapter is None:
+            return None
+        from patchkit.recipes.moh import attaching
+
+        return attaching.attach(target, self.adapter)
+
+    def tuning(self, lora: dict[str, Any] | None) -> Any:
+        """The adapter with this recipe's options."""
+        from patchkit.finetune import require
+
+        require()
+        from patchkit.recipes.moh.tuning import MoHConfig
+
+        own = {name: getattr(self, name) for name in (*ADAPTERS_OWN, "min_tokens")}
+        return MoHConfig(**own, lora=lora)
+
+    def listens(self, site: Site) -> frozenset[What]:
+        return frozenset() if self.adapter is not None else needs(site, self.router)
+
+    def attention_cost(self, tokens: int, total: int) -> float:
+        """The share of heads that is on, where only those are computed."""
+        least = GAINS if self.min_tokens is None else self.min_tokens
+        if self.adapter is not None or self.mode == "train" or tokens < least:
+            return 1.0
+        return self.active if isinstance(self.active, float) else 1.0
+
+    def figures(self, totals: Mapping[str, Any]) -> dict[str, float]:
+        """The measured share of heads that were on, averaged over layers."""
+        means = totals["means"]
+        return {"share of heads active": means["active"]} if "active" in means else {}
+
+    # --- a forward --------------------------------------------------------------------------------------------
+
+    def wraps(self, level: str) -> bool:
+        return super().wraps(level) and (level != "denoise" or self.mode == "train")
+
+    def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:
+        """In training, gather the layers' imbalances and add them to the model's loss."""
+        collector = _collectors.get(call.module) if self.mode == "train" else None
+        if collector is None or not torch.is_grad_enabled():
+            return next(call)
+        collector.begin(call.kwargs)
+        output = next(call)
+        weight = BETA if call.module.training else 0.0
+        return add_to(output, collector.end(), weight, call.kwargs, shifts_labels(call.module))
+
+    def attend(self, call: AttentionCall, next: Next) -> Tensor:
+        """Route, and compute."""
+        if self.adapter is not None:
+            from patchkit.recipes.moh import attaching
+
+            return attaching.attend(call, next)
+        queries = call.queries if call.queries is not None else call.q
+        if call.queries is None and "queries" in self.listens(call.site):
+            call.ledger.ran_dense("its queries could not be seen before their norm")
+            return next(call)
+        budget = budget_of(self, call.site)
+        train = self.mode == "train" and torch.is_grad_enabled()
+        gates = by_length(queries, budget, self.gate or "binary", train)
+        note(call, gates)
+        if train and gates.scores is not None:
+            collector: Collector = call.prepared
+            counted = collector.tokens(call.q.shape[0], call.q.shape[2])
+            collector.add(imbalance(gates.scores, gates.active[:, budget.shared :], counted), BETA)
+        return compute.attend(call, next, gates, budget, self.min_tokens)
+
+
+def check_budgets(options: Any, where: str) -> None:
+    """Refuse what no number of heads can have; raises :class:`InvalidOption`."""
+    lists = [options.shared_per_layer, options.active_per_layer]
+    for name, values in zip(("shared_per_layer", "active_per_layer"), lists, strict=True):
+        if values is not None and not values:
+            raise InvalidOption("the list is empty", f"{where}{name!r}", "give one entry for each block")
+    if None not in lists and len(lists[0]) != len(lists[1]):
+        raise InvalidOption(
+            f"{len(lists[0])} shared and {len(lists[1])} active", f"{where}'active_per_layer'", "give as many of both"
+        )
+    count = max((len(values) for values in lists if values is not None), default=1)
+    for layer in range(count):
+        shared, active = amounts(options, layer)
+        if isinstance(shared, float) == isinstance(active, float) and active < shared:
+            raise InvalidOption(
+                f"active {active} is less than shared {shared}",
+                f"{where}'active'",
+                "active counts the shared heads too: raise it, or lower shared",
+            )
+        if not active:
+            raise InvalidOption("no head would be on", f"{where}'active'", "give more than 0")
+
+
+def amounts(options: Any, layer: int) -> tuple[Any, Any]:
+    """``shared`` and ``active`` of a block."""
+    shared, active = options.shared_per_layer, options.active_per_layer
+    return shared[layer] if shared else options.shared, active[layer] if active else options.active
+
+
+def budget_of(options: Any, site: Site) -> Budget:
+    """The heads of a site; raises :class:`InvalidOption` where the options do not fit it."""
+    for name in ("shared_per_layer", "active_per_layer"):
+        values = getattr(options, name)
+        if values is not None and len(values) != site.layers:
+            raise InvalidOption(
+                f"{len(values)} entries for {site.layers} blocks", f"recipe 'moh', option {name!r}", "give one a block"
+            )
+    return Budget.of(site.heads, *amounts(options, site.layer), where=f"{site.full_name}, recipe 'moh'")
+
+
+def why_not(site: Site, router: str) -> str | None:
+    """Why a site cannot have a router, or None if it can."""
+    if site.heads < 2:
+        return f"{site.heads or 'an unknown number of'} heads: there is nothing to choose from"
+    if router == "qnorm" and has_query_norm(site.module) and projection_name(site.module) is None:
+        return "its queries are normalised, and what projects them could not be found"
+    return None
+
+
+def needs(site: Site, router: str) -> frozenset[What]:
+    """What a router needs of a site's module besides the op's inputs.
+
+    The linear one its input; the other its queries as projected, where a norm takes their length away.
+    """
+    if router == "linear":
+        return frozenset(("hidden",))
+    return frozenset(("queries",)) if has_query_norm(site.module) else frozenset()
+
+
+def note(call: AttentionCall, gates: Gates) -> None:
+    """For the report: the share of tokens for which each head was on."""
+    on = gates.active.detach()
+    call.ledger.average(active=(on.sum((0, 2)), torch.full((on.shape[1],), on.shape[0] * on.shape[2])))
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether a model's loss leaves out the first label of each row."""
+    return str(getattr(model, "loss_type", "")) in ("ForCausalLM", "ForConditionalGeneration")
+
+
+def auxiliary_loss(model: Any) -> Tensor | None:
+    """The load-balance loss of the latest forward, a scalar with gradients, not yet weighted; None if there is none.
+
+    In training it has been added to the loss in the model's output. This is for who computes a loss from logits.
+
+    Args:
+        model: a model with an adapter of :class:`MoHConfig`, or one patched with ``mode="train"``.
+    """
+    for part in _inward(model):
+        passage = vars(part).get("_patchkit_passage")
+        collector = getattr(passage, "collector", None) or _known(part)
+        if collector is not None:
+            found: Tensor | None = collector.latest
+            return found
+    return None
+
+
+def _known(part: Any) -> Collector | None:
+    try:
+        return _collectors.get(part)
+    except TypeError:  # what cannot be held weakly was never patched
+        return None
+
+
+def _inward(model: Any) -> Any:
+    """A model and what wrappers hold."""
+    yield from layers_of(model)
+    inner = getattr(model, "module", None)  # of DistributedDataParallel
+    if inner is not None and inner is not model:
+        yield from layers_of(inner)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MoHConfig":  # peft is an extra
+        from patchkit.finetune import require
+
+        require()
+        from patchkit.recipes.moh.tuning import MoHConfig
+
+        return MoHConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,118 @@
+"""The load-balance loss: it keeps tokens from all choosing the same heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label of a token that is not learned from
+
+
+def imbalance(scores: Tensor, active: Tensor, counted: Tensor | None) -> Tensor:
+    """E^2 mean_i(P_i f_i) of one layer, a scalar; K if all heads are chosen equally often, and more otherwise.
+
+    P_i is the mean probability of routed head i, f_i the share of tokens that chose it. Only P has a gradient.
+
+    Args:
+        scores: p (B, E, N).
+        active: bool (B, E, N), the routed heads that are on.
+        counted: bool (B, N), the tokens that count: no padding, no prompt. None = all.
+    """
+    heads = scores.shape[1]
+    chosen = active.detach().to(scores.dtype)
+    if counted is None:
+        p, f = scores.mean((0, 2)), chosen.mean((0, 2))
+    else:
+        weight = counted.to(scores.device, scores.dtype)[:, None]
+        total = weight.sum().clamp_min(1.0)
+        p, f = (scores * weight).sum((0, 2)) / total, (chosen * weight).sum((0, 2)) / total
+    return heads * heads * (p * f).mean()
+
+
+def counted_tokens(attention_mask: Any, labels: Any) -> Tensor | None:
+    """Bool (B, N): tokens that are neither padding nor, where labels are given, unlabelled; None = nobody tells."""
+    real = attention_mask.bool() if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return real
+    learned = labels != IGNORED
+    if real is None:
+        return learned
+    return real[:, -labels.shape[1] :] & learned if real.shape[1] >= labels.shape[1] else learned
+
+
+class Collector:
+    """Gathers the layers' imbalances during one forward of a model, and nothing after it.
+
+    Gradient checkpointing calls attention again in the backward pass: those calls see the same ``counted`` but add
+    nothing. Copies and pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        self.counted: Tensor | None = None
+        self.latest: Tensor | None = None
+        self.weight = 0.0
+        self._found: list[Tensor] | None = None
+
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """A forward begins; ``arguments`` are the model's."""
+        self.counted = counted_tokens(arguments.get("attention_mask"), arguments.get("labels"))
+        self.latest, self._found = None, []
+
+    def tokens(self, batch: int, count: int) -> Tensor | None:
+        """Which of the layer's tokens count: (B, N) bool, or None."""
+        known = self.counted
+        if known is None or known.shape[0] != batch or known.shape[1] < count:
+            return None
+        return known[:, known.shape[1] - count :]
+
+    def add(self, loss: Tensor, weight: float) -> None:
+        """What one layer found, and the weight that the mean over layers shall have."""
+        if self._found is not None:
+            self._found.append(loss)
+            self.weight = weight
+
+    def end(self) -> Tensor | None:
+        """The mean over the layers that route, also kept as ``latest``; None if none did."""
+        found, self._found = self._found, None
+        if found:
+            self.latest = torch.stack([loss.to(found[0].device) for loss in found]).mean()
+        return self.latest
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"counted": None, "latest": None, "weight": 0.0, "_found": None}
+
+
+def add_to(output: Any, loss: Tensor | None, weight: float, arguments: dict[str, Any], shifts: bool) -> Any:
+    """Add ``weight`` times the load-balance loss to the loss in a model's output, where it has one.
+
+    With ``num_items_in_batch`` among the arguments, as transformers' Trainer gives it, the model's loss is a sum over
+    this part of a batch, over the labels of the whole batch: the part's weight is its share of those labels, so that
+    the parts of an accumulated batch add up to a mean. Otherwise both are means. ``shifts``: whether the model's loss
+    leaves out the first label of each row, as those of causal language models do.
+    """
+    if loss is None or not weight:
+        return output
+    own = _loss_of(output)
+    if own is None:
+        return output
+    share: Any = 1.0
+    whole, labels = arguments.get("num_items_in_batch"), arguments.get("shift_labels")
+    if labels is None and isinstance(arguments.get("labels"), Tensor):
+        labels = arguments["labels"][..., 1:] if shifts else arguments["labels"]
+    if whole is not None and isinstance(labels, Tensor):
+        whole = whole.to(own.device) if isinstance(whole, Tensor) else whole
+        share = (labels != IGNORED).sum().to(own.device) / whole
+    total = own + weight * share * loss.to(own.device)
+    if isinstance(output, tuple):
+        return (total, *output[1:])
+    output["loss"] = total
+    return output
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    found = output.get("loss") if isinstance(output, dict) else None
+    if isinstance(output, tuple) and output:
+        found = output[0] if isinstance(output[0], Tensor) and output[0].ndim == 0 else None
+    return found if isinstance(found, Tensor) else None
