@@ -20,14 +20,14 @@ from ..sparse.blocked.tile import native_low_precision
 from ..threads import for_each
 from .dense import dense_heads, joins
 from .reference import everywhere
-from .rows import Rows, gather, rows_of
+from .rows import Piece, Rows, gather, rows_of
 from .sight import Sight, sights_of
 
-# Rows of a piece. More rows multiply faster, but each is multiplied with all keys that the last sees. Where all rows
-# see the same keys nothing is lost by that.
-PIECE, PIECE_LEVEL = 128, 1024
+# Rows that are multiplied at a time with the keys that all of them see, and of these rows those that go on from there
+# together: behind its diagonal a row is multiplied for nothing. Where all rows see the same keys there is no diagonal.
+PIECE, LEAF, PIECE_LEVEL = 256, 128, 1024
 # Keys of one step: its logits stay near the core.
-STEP = 2048
+STEP = 1024
 # Bytes of widened keys and values at a time; at least one KV head's.
 SPAN_BYTES = 32 * 2**20
 # Sums of powers of two within these limits lost nothing to overflow or underflow that fp32 would have kept.
@@ -94,8 +94,8 @@ def routed_sample(
 
 def _span(span: list[Work], gates: Tensor | None, out: Tensor) -> None:
     """Compute the rows of some KV heads, all threads at once; the pieces with the most keys first."""
-    pieces = [(work, *piece) for work in span for piece in work.rows.pieces(work.piece_rows)]
-    pieces.sort(key=lambda piece: -piece[-1])
+    pieces = [(work, part) for work in span for part in work.parts()]
+    pieces.sort(key=lambda piece: -piece[1][-1].last)
     for_each(pieces, Piecework, out.device)
 
     def finish(work: Work) -> None:
@@ -127,7 +127,6 @@ class Work:
         self.level = sight.pairs is None and bool(rows.ends[0] == rows.ends[-1])
         # Products in low precision need the maximum subtracted, and an accelerator would have to be waited for.
         self.powers = on_cpu and dtype in (torch.float32, torch.float64) and not self.level and sight.pairs is None
-        self.piece_rows = PIECE_LEVEL if self.level else PIECE
         self.q = gather(q, rows.heads, rows.tokens).to(dtype)
         self.k, self.v = (sight.of(x).to(dtype) for x in (k, v))
         self.copied = self.q.nbytes * 2 + (self.k.nbytes * 2 if dtype != q.dtype else 0)
@@ -135,6 +134,13 @@ class Work:
         if self.powers:
             self.q *= scale * LOG2E
             self.ends, self.total = rows.ends.to(dtype).unsqueeze(-1), self.q.new_empty(len(self.q))
+            self.place = torch.arange(len(self.k), dtype=dtype)
+
+    def parts(self) -> list[list[Piece]]:
+        """Pieces to compute one at a time, each in its leaves."""
+        leaves = self.rows.pieces(LEAF if self.powers else PIECE_LEVEL if self.level else PIECE)
+        each = PIECE // LEAF if self.powers else 1
+        return [leaves[i : i + each] for i in range(0, len(leaves), each)]
 
     def finished(self) -> Tensor:
         """The output of the rows."""
@@ -147,13 +153,14 @@ class Work:
         good = (self.total >= LEAST) & (self.total <= MOST) & self.out.sum(-1).isfinite()
         self.q /= self.scale * LOG2E
         self.out.div_(self.total.unsqueeze(-1))
-        for start, stop, first, last in self.rows.pieces(self.piece_rows):
-            if not bool(good[start:stop].all()):
-                self.out[start:stop] = self.carefully(start, stop, first, last)
+        for piece in self.rows.pieces(PIECE):
+            if not bool(good[piece.start : piece.stop].all()):
+                self.out[piece.start : piece.stop] = self.carefully(piece)
         return self.out
 
-    def carefully(self, start: int, stop: int, first: int, last: int) -> Tensor:
-        """Rows start..stop by torch's kernel: the keys that all of them see without a mask, the others under one."""
+    def carefully(self, piece: Piece) -> Tensor:
+        """A piece by torch's kernel: the keys that all of its rows see without a mask, the others under one."""
+        start, stop, first, last = piece
         q, sight, tokens = self.q[start:stop], self.sight, self.rows.tokens[start:stop]
         if sight.pairs is not None:
             seen = sight.pairs[:, :last].index_select(0, tokens)
@@ -179,33 +186,38 @@ class Piecework:
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
 
-    def __call__(self, piece: tuple[Work, int, int, int, int]) -> None:
-        """Compute rows start..stop, whose first sees ``first`` keys and whose last ``last``."""
-        work, start, stop, first, last = piece
-        if work.powers:
-            self._powers(work, slice(start, stop), first, last)
-        else:
-            work.out[start:stop] = work.carefully(start, stop, first, last)
+    def __call__(self, piece: tuple[Work, list[Piece]]) -> None:
+        """Compute a piece, given in leaves."""
+        work, leaves = piece
+        if not work.powers:
+            (leaf,) = leaves
+            work.out[leaf.start : leaf.stop] = work.carefully(leaf)
+            return
+        # Sums of powers of two, and of values weighted by them: first over what all rows see.
+        first = leaves[0].first
+        some = slice(leaves[0].start, leaves[-1].stop)
+        for low in range(0, first, STEP):
+            self._add(work, some, low, min(first, low + STEP), None)
+        for leaf in leaves:
+            for low in range(first, leaf.last, STEP):
+                self._add(work, slice(leaf.start, leaf.stop), low, min(leaf.last, low + STEP), leaf.first)
 
-    def _powers(self, work: Work, some: slice, first: int, last: int) -> None:
-        """Sums of powers of two, and of values weighted by them."""
+    def _add(self, work: Work, some: slice, low: int, high: int, edge: int | None) -> None:
+        """Keys low..high; from ``edge`` on each row only up to its end."""
         q, out, total = work.q[some], work.out[some], work.total[some]
-        for low in range(0, last, STEP):
-            high = min(last, low + STEP)
-            p = self._logits(q, high - low)
-            torch.mm(q, work.k[low:high].t(), out=p)
-            p.exp2_()
-            if high > first:
-                edge = max(low, first)
-                # 1 before the end of a row, 0 behind it. As products these are vectors; a masked fill is not.
-                place = torch.arange(edge, high, dtype=q.dtype, device=q.device)
-                p[:, edge - low :] *= (work.ends[some] - place).clamp_(0.0, 1.0)
-            if low == 0:
-                torch.sum(p, -1, out=total)
-                torch.mm(p, work.v[low:high], out=out)
-            else:
-                total += p.sum(-1)
-                torch.addmm(out, p, work.v[low:high], out=out)
+        p = self._logits(q, high - low)
+        torch.mm(q, work.k[low:high].t(), out=p)
+        p.exp2_()
+        if edge is not None and edge < high:
+            edge = max(low, edge)
+            # 1 before the end of a row, 0 behind it. As products these are vectors; a masked fill is not.
+            p[:, edge - low :].mul_((work.ends[some] - work.place[edge:high]).clamp_(0.0, 1.0))
+        if low == 0:
+            torch.sum(p, -1, out=total)
+            torch.mm(p, work.v[low:high], out=out)
+        else:
+            total += p.sum(-1)
+            torch.addmm(out, p, work.v[low:high], out=out)
 
     def _logits(self, q: Tensor, keys: int) -> Tensor:
         if self.buffer is None or self.buffer.dtype != q.dtype:

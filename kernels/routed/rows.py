@@ -10,6 +10,15 @@ from torch import Tensor
 from .sight import Sight
 
 
+class Piece(NamedTuple):
+    """Rows start..stop of a list, whose first sees ``first`` keys and whose last ``last``."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
 class Rows(NamedTuple):
     """Active (token, head) pairs of one KV head of one sample, by rising number of keys.
 
@@ -25,13 +34,13 @@ class Rows(NamedTuple):
     heads: Tensor
     ends: Tensor
 
-    def pieces(self, size: int) -> list[tuple[int, int, int, int]]:
-        """(from, to, first end, last end) of pieces of ``size`` rows. Reads the ends at their borders."""
+    def pieces(self, size: int) -> list[Piece]:
+        """These rows in pieces of ``size``. Reads the ends at their borders."""
         count = len(self.tokens)
         starts = list(range(0, count, size))
         stops = [min(count, a + size) for a in starts]
         borders = self.ends[torch.tensor([starts, [b - 1 for b in stops]], device=self.ends.device)].tolist()
-        return list(zip(starts, stops, *borders, strict=True))
+        return [Piece(*piece) for piece in zip(starts, stops, *borders, strict=True)]
 
 
 def rows_of(active: Tensor, kv_heads: int, sight: Sight) -> list[Rows]:

@@ -160,7 +160,8 @@ def test_large_logits_are_computed_again_with_care(qkv, close, causal):
 
 
 def test_many_pieces_steps_and_spans(qkv, close, monkeypatch):
-    monkeypatch.setattr(blocked, "PIECE", 16)
+    monkeypatch.setattr(blocked, "PIECE", 32)
+    monkeypatch.setattr(blocked, "LEAF", 16)
     monkeypatch.setattr(blocked, "PIECE_LEVEL", 32)
     monkeypatch.setattr(blocked, "STEP", 24)
     monkeypatch.setattr(blocked, "SPAN_BYTES", 1)
