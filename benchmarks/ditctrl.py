@@ -8,7 +8,8 @@ Long videos: one clip for each prompt by itself (isolated), blending without sha
 all of it. A row has, for the frames that belong to one prompt alone, what the detectors read; CSCV (the paper's
 formula) over the mean patch features of zoo/vlm's CLIP tower, over colours and outlines, and with --clip over the
 pooled features of a real CLIP, as the paper has it; and smoothness. Edits: what the detectors read, PSNR outside the
-object against the source. Isolated clips are put behind each other.
+object against the source; where an object's colour lies between those of two words that it was given, by the factor of
+one of them. Isolated clips are put behind each other.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ LONG: dict[str, dict[str, Any] | None] = {
     "blending": {"kv_steps": None},
     "sharing": {"mask_guided": False},
     "full": {},
+    "wide": {"mask_guided": False, "kv_layers": "3-"},
 }
 EDITS = [
     ("swap", ("red circle", "right", "white"), ("green circle", "right", "white")),
@@ -81,6 +83,14 @@ EDITS = [
     ("swap", ("red square", "still", "white"), ("red square", "still", "black")),
 ]
 FACTORS = (0.0, 0.5, 1.0, 2.0)
+# two colour words for one object, which the model mixes: how far one is heard can be read off the colour
+MIXED = [
+    (("red", "blue"), "a red blue circle moving right on a white background"),
+    (("yellow", "purple"), "a yellow purple square standing still on a black background"),
+    (("green", "red"), "a green red square moving up on a gray background"),
+    (("orange", "blue"), "an orange blue circle standing still on a black background"),
+]
+TURNS = [(-1, 1.0), *((word, factor) for word in (0, 1) for factor in (0.0, 0.5, 2.0))]
 
 
 def caption(what: str, motion: str, background: str) -> str:
@@ -165,19 +175,45 @@ def reweight_row(
 ) -> dict[str, Any]:
     """How far the object's colour is from the word's, by factor."""
     word = words[0].split()[0]
-    with patchkit.apply(pipe, "ditctrl", mode="reweight", reweight={word: factor}, zero_uncond=False):
-        source, target = pipe(
-            prompt=caption(*words), generator=torch.Generator().manual_seed(seed), output_type="pt", **call
-        ).frames
-    read_ = detect.detect(target)
-    mask = worlds._clip_objects(source)
-    wanted = torch.tensor(zoo.world.COLOURS[word])
-    inside = target.permute(0, 2, 3, 1)[mask].median(0).values if mask is not None else wanted
+    source, target, inside = reweighted(pipe, caption(*words), {word: factor}, seed, call)
+    distance = float((inside - torch.tensor(zoo.world.COLOURS[word])).norm())
     return {
-        "read": f"{read_.colour} {read_.shape} on {read_.background}",
-        "colour_distance": round(float((inside - wanted).norm()), 4),
+        "read": reading(target),
+        "colour_distance": round(distance, 4),
         "psnr": round(metrics.psnr(source, target), 2),
     }
+
+
+def mixed_row(pipe: Any, number: int, label: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
+    """Where the object's colour lies between those of two words: 0 = the first's, 1 = the second's."""
+    words, prompt = MIXED[number]
+    word, _, factor = label.rpartition(" x ")
+    source, target, inside = reweighted(pipe, prompt, {word: float(factor)}, seed, call)
+    first, second = (torch.tensor(zoo.world.COLOURS[w]) for w in words)
+    way = second - first
+    place = float((inside - first) @ way / (way @ way))
+    return {"words": words, "read": reading(target), "toward_second": round(place, 3)} | (
+        {} if float(factor) == 1 else {"psnr": round(metrics.psnr(source, target), 2)}
+    )
+
+
+def reweighted(
+    pipe: Any, prompt: str, factors: dict[str, float], seed: int, call: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The video without and with the factors, and the colour of the object in the second."""
+    with patchkit.apply(pipe, "ditctrl", mode="reweight", reweight=factors, zero_uncond=False):
+        source, target = pipe(
+            prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="pt", **call
+        ).frames
+    mask = worlds._clip_objects(source)
+    if mask is None:
+        return source, target, torch.full((3,), float("nan"))
+    return source, target, target.permute(0, 2, 3, 1)[mask].median(0).values
+
+
+def reading(clip: Tensor) -> str:
+    found = detect.detect(clip)
+    return f"{found.colour} {found.shape} on {found.background}"
 
 
 def wanted_rows(groups: int, only: list[str] | None) -> Iterator[tuple[str, int, str]]:
@@ -190,6 +226,9 @@ def wanted_rows(groups: int, only: list[str] | None) -> Iterator[tuple[str, int,
     for number in range(min(groups, 2)):
         for factor in FACTORS:
             yield "reweight", number, str(factor)
+    for number, (words, _) in enumerate(MIXED[:groups]):
+        for at, factor in TURNS:
+            yield "mixed", number, f"{words[max(at, 0)]} x {factor:g}"
 
 
 def measure(
@@ -200,6 +239,8 @@ def measure(
         return {"changes": GROUPS[number][0]} | long_row(pipe, features, GROUPS[number], label, seed, call)
     if kind == "swap":
         return swap_row(pipe, EDITS[number], label, seed, call)
+    if kind == "mixed":
+        return mixed_row(pipe, number, label, seed, call)
     return reweight_row(pipe, EDITS[number][1], float(label), seed, call)
 
 
@@ -224,7 +265,7 @@ def measure_cost(pipe: Any, args: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, default=20)
-    parser.add_argument("--kinds", nargs="*", default=["long", "swap", "reweight"])
+    parser.add_argument("--kinds", nargs="*", default=["long", "swap", "reweight", "mixed"])
     parser.add_argument("--labels", nargs="*", help="of these only")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
