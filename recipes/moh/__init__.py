@@ -58,7 +58,7 @@ class MoH(Recipe):
         shared: heads that are on for every token, the first ones: a share (float) or a number (int).
         active: heads that are on in all, shared ones included: a share or a number. Shares are rounded down.
         router: how a token chooses. ``"qnorm"``: by the length of its queries, no parameters. ``"linear"``: by weights
-            that are learned; they come with an adapter, so only ``MoHConfig`` takes it.
+            that ``patchkit train`` and ``MoHConfig`` learn; an untrained one is refused.
         gate: ``"binary"``: heads are on or off, the default with qnorm. ``"weighted"``: chosen heads weigh their
             probability, scaled to mean 1.
         mode: see above.
