@@ -11,15 +11,15 @@ from ..errors import type_error, value_error
 from .blocked import routed_blocked
 from .dense import dense_heads
 from .gradients import register
-from .plan import routed_path
+from .plan import routed_path, triton_obstacle
 from .reference import everywhere, routed_reference
 from .sight import sights_of
 
 __all__ = ["routed_attention", "routed_path"]
 
 WHERE = "routed_attention"
-Name = Literal["reference", "dense", "blocked"]
-NAMES = ("reference", "dense", "blocked")
+Name = Literal["reference", "dense", "blocked", "triton"]
+NAMES = ("reference", "dense", "blocked", "triton")
 
 
 @torch.library.custom_op("patchkit::routed_attention", mutates_args=())
@@ -40,6 +40,10 @@ def _routed(
     name = path or routed_path(q, k, active, shared).name
     # Precision is this operator's business: under the caller's autocast its fp32 matmuls would become bf16.
     with torch.autocast(q.device.type, enabled=False):
+        if name == "triton":
+            from .triton.launch import routed_triton
+
+            return routed_triton(q, k, v, active, shared, gates, scale, causal, mask)
         if name == "blocked":
             return routed_blocked(q, k, v, active, shared, gates, scale, causal, mask)
         if name == "reference":
@@ -108,8 +112,8 @@ def routed_attention(
         causal: row i sees keys up to M - N + i, so that the last row sees the last key.
         mask: bool, broadcastable to (B, 1, N, M), True = may be seen; on top of ``causal``. Padding, given by key
             (B, 1, 1, M) or with the causal part in it, costs next to nothing; hidden keys are not read.
-        path: "reference" (formula, fp32), "dense" (all heads times gates) or "blocked" (active rows gathered, plain
-            torch); None = what is fastest.
+        path: "reference" (formula, fp32), "dense" (all heads times gates), "blocked" (active rows gathered, plain
+            torch) or "triton"; None = what is fastest.
 
     Returns:
         (B, H, N, D) in q's dtype, contiguous. Exactly 0 where not active, and in rows that see no key. It has gradients
@@ -124,6 +128,8 @@ def routed_attention(
     _check(q, k, v, active, shared, gates, mask)
     if path is not None and path not in NAMES:
         raise value_error(f"path is {path!r}", WHERE, f"Use one of {', '.join(NAMES)}, or None.")
+    if path == "triton" and (missing := triton_obstacle(q, k)) is not None:
+        raise value_error(f"no Triton kernel for this call: {missing}", WHERE, "Use path=None.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _routed(q, k, v, active, gates, mask, shared, scale, causal, path or "")
 

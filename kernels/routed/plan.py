@@ -51,4 +51,9 @@ def routed_path(q: Tensor, k: Tensor, active: Tensor, shared: int = 0) -> Path:
 
 def triton_obstacle(q: Tensor, k: Tensor) -> str | None:
     """Why the Triton kernel does not take this call; None when it does. Reads no tensor."""
-    return gpu.obstacle(q.device) or "routed heads have no Triton kernel"
+    missing = gpu.obstacle(q.device)
+    if missing is None:
+        from .triton.table import unsupported
+
+        missing = unsupported(q, k)
+    return missing
