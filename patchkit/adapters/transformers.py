@@ -77,6 +77,7 @@ class TransformersAdapter(Adapter):
         # somebody may have kept a config of ours beyond its patch
         config: Any = vars(site.module.config).get("_patchkit_original", site.module.config)
         site.terminal = terminal(site, config)
+        journal.do(owner, lambda: None, lambda: _past(site.module), "an adapter that left")
         journal.set(owner, site.module, "config", _led(config, site, slot))
 
     def is_taken(self, site: Site) -> bool:
@@ -98,6 +99,13 @@ class TransformersAdapter(Adapter):
             call.visual, call.real, call.first, call.dropped = tokens.as_keys(call.k.shape[2], call.k.device)
         if site.component != "text":
             call.grid = _patches(site.module.config, call.q.shape[2])
+
+
+def _past(module: torch.nn.Module) -> None:
+    """The config behind that of an adapter of ours which left while a patch stood on it."""
+    config: Any = vars(module)["config"]
+    if vars(config).get("_patchkit_left"):
+        module.config = vars(config)["_patchkit_tuned"]
 
 
 def _led(config: Any, site: Site, slot: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from patchkit import instance, rebind
 from patchkit.adapters import transformers as texts
 from patchkit.context import Attend, AttentionCall
+from patchkit.errors import Conflict
 from patchkit.finetune.passage import Passage
 from patchkit.ledger import Ledger
 from patchkit.listening import Ear, What
@@ -90,6 +91,8 @@ class AttentionLayer(torch.nn.Module, BaseTunerLayer):
                 self._rebind(module)
                 self._rebinding = module.register_forward_pre_hook(self._stay)
         elif "_patchkit_tuned" not in vars(module.config):
+            if "_patchkit_original" in vars(module.config):
+                raise Conflict("the model is patched already", self.site.full_name, "apply the patch after the adapter")
             _register()
             module.config = _led(module.config)
 
@@ -103,6 +106,9 @@ class AttentionLayer(torch.nn.Module, BaseTunerLayer):
             self._slot.closed = True
             if instance.mark_of(module.processor) is self._slot:
                 module.processor = self._original
+        elif hasattr(module, "config") and "_patchkit_original" in vars(module.config):
+            ours = vars(module.config)["_patchkit_original"]  # a patch on top goes on, and takes this off with itself
+            vars(ours).update(_patchkit_left=True)
         elif hasattr(module, "config"):
             module.config = vars(module.config).get("_patchkit_tuned", module.config)
 

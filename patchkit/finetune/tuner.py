@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from patchkit.adapters import adapter_for
 from patchkit.errors import InvalidOption, NothingMatched, UnsupportedModel
@@ -45,13 +46,18 @@ class AttentionTuner(BaseTuner):
         """Put one more adapter into the model, with its LoRA layers."""
         config: Any = self.peft_config[adapter_name]
         self._sites = {id(site.module): site for site in adapter_for(self.model).sites()}
-        self._aim(config)
+        bare = not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
+        trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
+            self._aim(config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._open_passage()
             lora = config.lora_config()
             if lora is not None:
                 self._add_lora(lora, adapter_name)
+        except BaseException:
+            self._take_back(adapter_name, bare, trains)
+            raise
         finally:
             del self._sites
 
@@ -144,18 +150,43 @@ class AttentionTuner(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge_allowed()
-        for module in list(self.model.modules()):
-            layer = module._modules.get(self.layer_class.name)
-            if isinstance(layer, AttentionLayer):
-                layer.close()
-                del module._modules[self.layer_class.name]
+        for module, _ in self._layers():
+            self._take_out(module)
+        self._close_passage()
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):  # peft would leave the trained module in place
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
+        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+
+    def _take_back(self, adapter_name: str, bare: bool, trains: list[tuple[torch.nn.Parameter, bool]]) -> None:
+        """After a failure on the way in. ``bare``: the model had nothing of peft's before."""
+        if bare:
+            self._unload_and_optionally_merge(merge=False)
+        for module, layer in self._layers():
+            if adapter_name in layer.settings:
+                layer.delete_adapter(adapter_name)
+            if not layer.settings:
+                self._take_out(module)
+        if not self._layers():
+            self._close_passage()
+        for parameter, required in trains:
+            parameter.requires_grad = required
+
+    def _layers(self) -> list[tuple[torch.nn.Module, AttentionLayer]]:
+        """Our layers, behind the modules that they stand in."""
+        found = [(module, module._modules.get(self.layer_class.name)) for module in self.model.modules()]
+        return [(module, layer) for module, layer in found if isinstance(layer, AttentionLayer)]
+
+    def _take_out(self, module: torch.nn.Module) -> None:
+        layer = module._modules.pop(self.layer_class.name)
+        assert isinstance(layer, AttentionLayer)
+        layer.close()
+
+    def _close_passage(self) -> None:
         passage = vars(self.model).pop("_patchkit_passage", None)
         if passage is not None:
             passage.close()
-        if any(isinstance(module, LoraLayer) for module in self.model.modules()):
-            return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-        vars(self.model).pop("peft_config", None)
-        return self.model
 
 
 def _endings(sites: list[Site], names: list[str]) -> set[str]:

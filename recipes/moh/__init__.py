@@ -124,15 +124,13 @@ class MoH(Recipe):
             )
         for site in sites:
             budget_of(self, site)
-        collector = Collector()
-        if self.mode == "train":
-            _collectors[unwrap(target)] = collector
-        return collector
+        # a model has one for all patches: a plan, or a patch that is refused, must not cut off the one that is on
+        return _collectors.setdefault(unwrap(target), Collector()) if self.mode == "train" else Collector()
 
     def attach(self, target: Any, sites: list[Site]) -> Attachment | None:
-        """The trained adapter, if one is asked for."""
+        """The trained adapter, if one is asked for; in training, what forgets the loss with the patch."""
         if self.adapter is None:
-            return None
+            return _collectors[unwrap(target)] if self.mode == "train" else None
         from patchkit.recipes.moh import attaching
 
         return attaching.attach(target, self.adapter)
@@ -170,12 +168,18 @@ class MoH(Recipe):
     def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:
         """In training, gather the layers' imbalances and add them to the model's loss."""
         collector = _collectors.get(call.module) if self.mode == "train" else None
-        if collector is None or not torch.is_grad_enabled():
+        if collector is None or collector.gathers:  # another patch with other layers gathers for both
+            return next(call)
+        if not torch.is_grad_enabled():
+            collector.remove()
             return next(call)
         collector.begin(call.kwargs)
-        output = next(call)
+        try:
+            output = next(call)
+        finally:
+            loss = collector.end()
         weight = BETA if call.module.training else 0.0
-        return add_to(output, collector.end(), weight, call.kwargs, shifts_labels(call.module))
+        return add_to(output, loss, weight, call.kwargs, shifts_labels(call.module))
 
     def attend(self, call: AttentionCall, next: Next) -> Tensor:
         """Route, and compute."""

@@ -53,6 +53,8 @@ def attach(target: Any, folder: str) -> Attached:
     try:
         tuner = MoHModel(model, {NAME: config}, NAME)
         weights = load_peft_weights(path, device="cpu")
+        # peft looks up whole modules (modules_to_save) by their names in the model that it is given
+        weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
         found: Any = set_peft_model_state_dict(model, weights, adapter_name=NAME)
         if found.unexpected_keys:
             raise InvalidOption(

@@ -55,6 +55,19 @@ class Collector:
         self.weight = 0.0
         self._found: list[Tensor] | None = None
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a forward is under way."""
+        return self._found is not None
+
+    def switch(self, on: bool) -> None:
+        """The patch it gathers for is enabled or disabled: what is known is from before."""
+        self.remove()
+
+    def remove(self) -> None:
+        """Forget the latest loss, and with it the graph behind it."""
+        self.latest = self.counted = None
+
     def begin(self, arguments: dict[str, Any]) -> None:
         """A forward begins; ``arguments`` are the model's."""
         self.counted = counted_tokens(arguments.get("attention_mask"), arguments.get("labels"))

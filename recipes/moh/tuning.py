@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -74,15 +75,25 @@ def _check_values(config: MoHConfig) -> None:
             )
     for name in ("shared", "active", "shared_per_layer", "active_per_layer"):
         given = getattr(config, name)
-        for value in given if isinstance(given, list | tuple) else [given] if "per" not in name else []:
-            good = isinstance(value, int | float) and not isinstance(value, bool)
-            if not good or value < 0 or (isinstance(value, float) and value > 1):
+        if "per" in name and not isinstance(given, list | tuple | None):
+            raise InvalidOption(f"{given!r} is no list", f"{where}{name!r}", "give one entry for each block")
+        for value in given or () if "per" in name else [given]:
+            if not _is_number(value) or value < 0 or (isinstance(value, float) and value > 1):
                 raise InvalidOption(
                     f"{value!r} is no amount of heads", f"{where}{name!r}", "give a share (0.0 to 1.0) or a number"
                 )
-    for name in ("balance", "min_tokens"):
-        if (getattr(config, name) or 0) < 0:
-            raise InvalidOption(f"{getattr(config, name)} is negative", f"{where}{name!r}", "give 0 or more")
+    for name, whole in (("balance", False), ("min_tokens", True)):
+        value = getattr(config, name)
+        if value is None and whole:
+            continue
+        if not _is_number(value) or (whole and not isinstance(value, int)):
+            raise InvalidOption(f"{value!r} is no {'whole ' if whole else ''}number", f"{where}{name!r}", "give one")
+        if value < 0:
+            raise InvalidOption(f"{value} is negative", f"{where}{name!r}", "give 0 or more")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)

@@ -376,12 +376,41 @@ def test_training_without_an_adapter() -> None:
         torch.testing.assert_close(loss, own.loss + 0.01 * aux)
         loss.backward()
         assert any("gradients" in reason for reason in patch.report()["recipes"][0]["dense"])
+    assert auxiliary_loss(model) is None, "it outlives its patch"
     masked = patchkit.apply(model, "moh")
     straight = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
     model.zero_grad()
     model(**given, labels=labels).loss.backward()
     assert not torch.allclose(straight, model.model.layers[0].self_attn.q_proj.weight.grad)
     masked.remove()
+
+
+def test_the_load_balance_loss_is_that_of_the_patches_that_are_on() -> None:
+    entry = tiny.MODELS["llama"]
+    model = entry.build().train()
+    given = entry.inputs(model)
+    labels = given["input_ids"]
+    with patchkit.apply(model, "moh", mode="train") as patch:
+        loss = model(**given, labels=labels).loss
+        with pytest.raises(patchkit.Conflict):
+            patchkit.apply(model, "moh", mode="train")
+        patchkit.plan(model, "moh", mode="train")
+        assert torch.equal(model(**given, labels=labels).loss, loss), "what was refused or only planned cut it off"
+        whole = auxiliary_loss(model)
+        assert whole is not None
+        with torch.no_grad():
+            model(**given, labels=labels)
+        assert auxiliary_loss(model) is None, "of an earlier forward"
+        model(**given, labels=labels)
+        patch.disable()
+        model(**given, labels=labels)
+        assert auxiliary_loss(model) is None
+    with (
+        patchkit.apply(model, "moh", mode="train", layers="0"),
+        patchkit.apply(model, "moh", mode="train", layers="1-"),
+    ):
+        assert torch.equal(model(**given, labels=labels).loss, loss)
+        assert torch.equal(auxiliary_loss(model), whole)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

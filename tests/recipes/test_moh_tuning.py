@@ -243,6 +243,11 @@ def test_router_sees_lora_that_comes_later() -> None:
         ({"router": "norm"}, "no router"),
         ({"gate": "soft"}, "no gate"),
         ({"balance": -1.0}, "negative"),
+        ({"balance": "much"}, "no number"),
+        ({"balance": float("nan")}, "no number"),
+        ({"active": float("nan")}, "no amount"),
+        ({"min_tokens": 1.5}, "no whole number"),
+        ({"shared_per_layer": 0.5}, "no list"),
         ({"lora": {"rank": 4}}, "no LoRA configuration"),
         ({"lora": 4}, "a int"),
         ({"lora": {"use_dora": True}}, "use_dora"),
@@ -263,6 +268,63 @@ def test_a_model_that_does_not_fit_is_left_alone(options: dict[str, Any]) -> Non
     with pytest.raises(patchkit.PatchkitError):
         get_peft_model(model, MoHConfig(**options))
     assert list(dict(model.named_modules())) == before
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_whole_modules_beside_it(lora: bool, tmp_path: Path) -> None:
+    entry = tiny.MODELS["llama"]
+    given: dict[str, Any] = {"router": "linear", "lora": lora, "modules_to_save": ["lm_head"]}
+    tuned = shaken(get_peft_model(entry.build(), config(**given)))
+    out = tiny.forward(entry, tuned)
+    tuned.save_pretrained(tmp_path)
+    model = entry.build()
+    before, plain = fingerprint(model), tiny.forward(entry, model)
+    with patchkit.apply(model, "moh", adapter=str(tmp_path)) as patch:
+        assert torch.equal(tiny.forward(entry, model), out)
+        patch.disable()
+        assert torch.equal(tiny.forward(entry, model), plain)
+    assert_same(before, fingerprint(model))
+    bare = PeftModel.from_pretrained(model, tmp_path).unload()
+    assert list(bare.state_dict()) == list(entry.build().state_dict())
+    assert torch.equal(tiny.forward(entry, bare), plain)
+
+
+def test_lora_that_does_not_fit_leaves_nothing() -> None:
+    entry = tiny.MODELS["llama"]
+    model = entry.build()
+    before = fingerprint(model)
+    wrong = MoHConfig(router="linear", modules_to_save=["lm_head"], lora={"r": 4, "target_modules": ["nothing"]})
+    with pytest.raises(ValueError, match="nothing"):
+        get_peft_model(model, wrong)
+    assert_same(before, fingerprint(model))
+    tuned = shaken(get_peft_model(model, config(router="linear")))
+    out, names = tiny.forward(entry, tuned), list(tuned.state_dict())
+    with pytest.raises(ValueError, match="nothing"):
+        tuned.add_adapter("other", MoHConfig(router="linear", lora={"r": 4, "target_modules": ["nothing"]}))
+    assert list(tuned.state_dict()) == names
+    assert torch.equal(tiny.forward(entry, tuned), out)
+
+
+def test_a_patch_on_top_goes_on_without_it() -> None:
+    entry = tiny.MODELS["llama"]
+    model = entry.build()
+    before = fingerprint(model)
+    with patchkit.apply(model, "moh", active=0.5):
+        alone = tiny.forward(entry, model)
+    tuned = get_peft_model(model, MoHConfig(active=1.0, target_modules=["layers.0.self_attn"]))
+    patch = patchkit.apply(model, "moh", active=0.5)
+    tuned.unload()
+    assert torch.equal(tiny.forward(entry, model), alone)
+    assert patch.remove() == []
+    for parameter in model.parameters():
+        parameter.requires_grad = True  # peft leaves them frozen
+    assert_same(before, fingerprint(model))
+
+
+def test_not_beneath_a_patch() -> None:
+    model = tiny.MODELS["llama"].build()
+    with patchkit.apply(model, "moh"), pytest.raises(patchkit.Conflict, match="patched already"):
+        get_peft_model(model, MoHConfig())
 
 
 # --- training
