@@ -52,6 +52,22 @@ def _runnable(row: dict[str, Any]) -> str:
     return f"patchkit run {row['examples'][0]}" if row["examples"] else "-"
 
 
+def _command(name: str, text: str) -> str:
+    """What an example is for: the verb whose section it has, or `patchkit run`."""
+    import yaml
+
+    from patchkit import jobs
+
+    content = yaml.safe_load(text)
+    for verb in jobs.verbs():
+        section: Any = content
+        for word in verb.split("."):
+            section = section.get(word) if isinstance(section, dict) else None
+        if section is not None:
+            return f"patchkit {verb.replace('.', ' ')} {name}"
+    return f"patchkit run {name}"
+
+
 def info(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
     json_: Json = False,
@@ -85,7 +101,7 @@ def info(
             out.table("extra arguments of pipe(...)", ("name", "what it is"), list(cls.arguments.items()))
         examples = {name: shipped[name] for name in _examples(recipe, shipped)}
         for name, text in examples.items():
-            out.text(f"example, run by `patchkit run {name}`:\n\n{text.rstrip()}\n")
+            out.text(f"example, for `{_command(name, text)}`:\n\n{text.rstrip()}\n")
         out.data(about | {"options": options, "arguments": dict(cls.arguments), "examples": examples})
 
 

@@ -138,3 +138,10 @@ def test_schema(cli):
 )
 def test_types_in_words(part, words):
     assert show.readable(part) == words
+
+
+def test_info_names_the_verb_that_an_example_is_for(cli):
+    shown = cli("info", "moh").stdout
+    assert "example, for `patchkit train moh-train`" in shown
+    assert "example, for `patchkit run moh`" in shown
+    assert "example, for `patchkit calibrate deltallm deltallm-calibrate`" in cli("info", "deltallm").stdout
