@@ -94,6 +94,33 @@ class Ledger:
         }
 
 
+class Unwritten(Ledger):
+    """For compiled graphs, which cannot write into a ledger: takes everything and keeps nothing."""
+
+    def count(self, what: str, by: int = 1) -> None:
+        """Not kept."""
+
+    def ran_dense(self, reason: str) -> None:
+        """Not kept."""
+
+    def note(self, **values: Any) -> None:
+        """Not kept."""
+
+    def average(self, **values: tuple[Any, Any]) -> None:
+        """Not kept."""
+
+    def caution(self, what: str, why: str) -> None:
+        """Not kept."""
+
+    @contextlib.contextmanager
+    def time(self, what: str, device: torch.device) -> Iterator[None]:
+        """Not measured."""
+        yield
+
+
+UNWRITTEN = Unwritten()
+
+
 def _mean(total: Any, count: Any) -> Any:
     """0 where nothing was counted."""
     totals, counts = (torch.as_tensor(x).detach().double().cpu() for x in (total, count))

@@ -55,9 +55,15 @@ def _call_function(processor: Any) -> types.FunctionType | None:
 
 
 class Slot:
-    """Which processor is running, for one installation; and whether the installation is over."""
+    """Which processor is running, for one installation; and whether the installation is over.
 
-    def __init__(self) -> None:
+    Args:
+        opaque: whether the op is one opaque node of compiled graphs, which run the chain at run time. Otherwise the
+            chain is traced, as it must be if gradients shall reach its own parameters.
+    """
+
+    def __init__(self, opaque: bool = True) -> None:
+        self.opaque = opaque
         self.current: Any = None
         self.index = 0
         self.closed = False
@@ -114,7 +120,7 @@ def _direct_op(slot: Slot) -> Callable[..., Tensor]:
     ) -> Tensor:
         index, slot.index = slot.index, slot.index + 1
         processor = slot.current
-        if torch.compiler.is_compiling():
+        if slot.opaque and torch.compiler.is_compiling():
             number = processor._patchkit_number
             out = attend(
                 query, key, value, attn_mask, number, index, scale, is_causal, enable_gqa, dropout_p, None, None
@@ -150,7 +156,7 @@ def _dispatch_op(slot: Slot, upstream: Callable[..., Tensor]) -> Callable[..., T
                 "remove the patch, or run without context parallelism",
             )
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if torch.compiler.is_compiling() and not attention_kwargs:
+        if slot.opaque and torch.compiler.is_compiling() and not attention_kwargs:
             mask = _four_dimensional(attn_mask)
             number = processor._patchkit_number
             return attend(q, k, v, mask, number, index, scale, is_causal, enable_gqa, dropout_p, None, None)

@@ -84,9 +84,10 @@ class Site:
         extra: dict[str, Any],
     ) -> Tensor:
         """Run the chain of this site, or the model's own op where nothing stands around it."""
-        from patchkit.context import AttentionCall
+        from patchkit.context import AttentionCall, Moment
 
-        call = AttentionCall(q, k, v, mask, scale, causal, self, index, extra=extra)
+        # a graph cannot be traced through a dataclass that makes an object of its own for a default: a moment is given
+        call = AttentionCall(q, k, v, mask, scale, causal, self, index, moment=Moment(), extra=extra)
         if self.chain is None:
             return self._own_op(call)
         assert self.tracker is not None

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchkit.adapters.base import unwrap
+from patchkit.compiled import parameters
 from patchkit.errors import InvalidOption
 
 
@@ -63,9 +65,8 @@ def perplexity(model: Any, tokenizer: Any, text: str, window: int = 1024, stride
     begin = 0
     while known < len(ids):
         part = ids[begin : begin + window]
-        losses = _losses(model, part, start)  # of part[1:], or of all of it after a BOS token
         fresh = begin + len(part) - known
-        found.append(losses[len(losses) - fresh :])
+        found.append(_losses(model, part, start, fresh))
         known, begin = begin + len(part), begin + stride
     every = torch.cat(found).double()
     value = math.exp(float(every.mean()))
@@ -73,14 +74,16 @@ def perplexity(model: Any, tokenizer: Any, text: str, window: int = 1024, stride
     return Perplexity(value, len(every), value * spread)
 
 
-def _losses(model: Any, ids: Tensor, start: int | None) -> Tensor:
-    """Negative log-likelihoods of the tokens that have one before them."""
+def _losses(model: Any, ids: Tensor, start: int | None, count: int) -> Tensor:
+    """Negative log-likelihoods of the last ``count`` tokens, each of which has one before it."""
     if start is not None:
         ids = torch.cat([ids.new_tensor([start]), ids])
     ids = ids.to(model.device)
+    # logits of the others would cost as much as a small model itself, where the vocabulary is large
+    some = {"logits_to_keep": count + 1} if "logits_to_keep" in parameters(type(unwrap(model))) else {}
     with torch.no_grad():
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    return torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none").cpu()
+        logits = model(input_ids=ids[None], use_cache=False, **some).logits[0, -count - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits.float(), ids[-count:], reduction="none").cpu()
 
 
 @dataclass(frozen=True)

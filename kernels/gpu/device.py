@@ -18,7 +18,9 @@ def obstacle(device: torch.device) -> str | None:
     index = device.index
     if device.type == "cuda" and index is None:
         index = torch.cuda.current_device()
-    return _obstacle(device.type, index)
+    # a graph that is traced looks behind the cache anyway, and warns of it
+    found = _obstacle.__wrapped__ if torch.compiler.is_compiling() else _obstacle
+    return found(device.type, index)
 
 
 @functools.lru_cache(maxsize=64)

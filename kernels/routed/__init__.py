@@ -11,11 +11,11 @@ from ..errors import type_error, value_error
 from .blocked import routed_blocked
 from .dense import dense_heads
 from .gradients import register
-from .plan import routed_path, triton_obstacle
+from .plan import routed_path, triton_obstacle, why_dense
 from .reference import everywhere, routed_reference
 from .sight import sights_of
 
-__all__ = ["routed_attention", "routed_path"]
+__all__ = ["routed_attention", "routed_path", "why_dense"]
 
 WHERE = "routed_attention"
 Name = Literal["reference", "dense", "blocked", "triton"]

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import gpu
 from ..sparse.plan import Path
 
-__all__ = ["Path", "routed_path", "triton_obstacle"]
+__all__ = ["Path", "routed_path", "triton_obstacle", "why_dense"]
 
 # Measured on a CPU with AVX2 and one thread against torch's dense kernel (benchmarks/routed_attention.py): (pairs of
 # tokens, share of the routed rows up to which computing only the active ones gains). At 2,048 tokens every call gained
@@ -29,24 +29,34 @@ def routed_path(q: Tensor, k: Tensor, active: Tensor, shared: int = 0) -> Path:
     Returns:
         "dense" (all heads, times their gates), "blocked" (active rows gathered, plain torch) or "triton".
     """
-    n, m = q.shape[2], k.shape[2]
-    what = f"{n} x {m} tokens, D = {q.shape[-1]}, {q.dtype} on {q.device}"
-    if shared >= q.shape[1]:
-        return Path("dense", f"{what}: every head is shared", False)
-    missing = triton_obstacle(q, k)
-    if missing is None:
-        if n * m < GPU_PAYS_FROM_PAIRS:
-            return Path("dense", f"{what}: too short to gain over dense", False)
-        return Path("triton", what, True)
+    what = f"{q.shape[2]} x {k.shape[2]} tokens, D = {q.shape[-1]}, {q.dtype} on {q.device}"
+    reason = why_dense(q, k, shared)
+    if reason is not None:
+        return Path("dense", f"{what}: {reason}", False)
     if q.device.type != "cpu":
-        return Path("dense", f"{what}: {missing}, and gathered rows are not measured there", False)
-    below = next((share for least, share in PAYS_BELOW_SHARE if n * m >= least and n > 1), 0.0)
-    if not below:
-        return Path("dense", f"{what}: too short to gain over dense", False)
+        return Path("triton", what, True)
     share = float(active[:, shared:].float().mean()) if active.numel() else 0.0
-    if share > below:
+    if share > _pays_below(q, k):
         return Path("dense", f"{what}: {share:.2f} of the routed rows are active, too many to gain over dense", False)
     return Path("blocked", f"{what}: {share:.2f} of the routed rows are active", True)
+
+
+def why_dense(q: Tensor, k: Tensor, shared: int = 0) -> str | None:
+    """Why calls of these shapes are computed dense whatever is active, or None. Reads no tensor: it can be traced."""
+    if shared >= q.shape[1]:
+        return "every head is shared"
+    missing = triton_obstacle(q, k)
+    if missing is None:
+        return "too short to gain over dense" if q.shape[2] * k.shape[2] < GPU_PAYS_FROM_PAIRS else None
+    if q.device.type != "cpu":
+        return f"{missing}, and gathered rows are not measured there"
+    return None if _pays_below(q, k) else "too short to gain over dense"
+
+
+def _pays_below(q: Tensor, k: Tensor) -> float:
+    """The share of active rows up to which a CPU gains; 0 = it never does."""
+    n, m = q.shape[2], k.shape[2]
+    return next((share for least, share in PAYS_BELOW_SHARE if n * m >= least and n > 1), 0.0)
 
 
 def triton_obstacle(q: Tensor, k: Tensor) -> str | None:

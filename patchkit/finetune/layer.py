@@ -17,10 +17,10 @@ from torch import Tensor
 
 from patchkit import instance, rebind
 from patchkit.adapters import transformers as texts
-from patchkit.context import Attend, AttentionCall
+from patchkit.context import Attend, AttentionCall, Moment
 from patchkit.errors import Conflict
 from patchkit.finetune.passage import Passage
-from patchkit.ledger import Ledger
+from patchkit.ledger import UNWRITTEN, Ledger
 from patchkit.listening import Ear, What
 from patchkit.sites import Site
 
@@ -70,8 +70,11 @@ class AttentionLayer(torch.nn.Module, BaseTunerLayer):
             return next(call)
         if self.ear is not None:
             self.ear.tell(call)
-        call.ledger = Ledger() if torch.compiler.is_compiling() else self.ledger
-        call.ledger.calls += 1
+        if torch.compiler.is_compiling():
+            call.ledger = UNWRITTEN
+        else:
+            call.ledger = self.ledger
+            call.ledger.calls += 1
         return self.attend(call, next, names[-1])
 
     # --- coming and going -------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ class AttentionLayer(torch.nn.Module, BaseTunerLayer):
         site = self.site
         fresh = Site(site.component, site.name, module, site.kind, site.layer, site.heads, layers=site.layers)
         object.__setattr__(self, "_original", module.processor)
-        self._slot = rebind.Slot()
+        self._slot = rebind.Slot(opaque=False)
         fresh.terminal = rebind.terminal(fresh, module.processor)
         fresh.chain = self._chain
         fresh.tracker = _Nowhere()  # type: ignore[assignment]
@@ -202,7 +205,9 @@ def _attention(
     op: Attend = texts.terminal(site, config)
     for layer in reversed(layers):
         op = _around(layer, op)
-    out = op(AttentionCall(query, key, value, attention_mask, scaling, causal, site, extra=extra))
+    # with a moment, because a graph cannot be traced through a dataclass that makes an object of its own for a default
+    call = AttentionCall(query, key, value, attention_mask, scaling, causal, site, moment=Moment(), extra=extra)
+    out = op(call)
     return out.transpose(1, 2), extra.get("weights")
 
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
 
 from patchkit.adapters import adapter_for
-from patchkit.errors import InvalidOption, NothingMatched, UnsupportedModel
+from patchkit.errors import Conflict, InvalidOption, NothingMatched, UnsupportedModel
 from patchkit.finetune.layer import AttentionLayer
 from patchkit.finetune.passage import Passage
 from patchkit.sites import Site
@@ -26,6 +26,18 @@ class AttentionTuner(BaseTuner):
     layer_class: ClassVar[type[AttentionLayer]]
     tuner_layer_cls: Any = AttentionLayer
     target_module_mapping: dict[str, list[str]] = {}  # found by looking at the model
+
+    def __init__(self, model: torch.nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """See peft. Adapters of other tuners on the model keep their configurations, whatever their names."""
+        held = vars(model).pop("peft_config", None)  # theirs; peft would write ours into it
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            vars(model).pop("peft_config", None)
+            if held is not None:
+                model.peft_config = held
+            raise
+        model.peft_config = {**(held or {}), **self.peft_config}  # a dict of its own: later tuners write into it
 
     # --- for the author of a recipe to override ---------------------------------------------------------------
 
@@ -46,7 +58,6 @@ class AttentionTuner(BaseTuner):
         """Put one more adapter into the model, with its LoRA layers."""
         config: Any = self.peft_config[adapter_name]
         self._sites = {id(site.module): site for site in adapter_for(self.model).sites()}
-        bare = not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
         trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             self._aim(config)
@@ -56,7 +67,7 @@ class AttentionTuner(BaseTuner):
             if lora is not None:
                 self._add_lora(lora, adapter_name)
         except BaseException:
-            self._take_back(adapter_name, bare, trains)
+            self._take_back(adapter_name, trains)
             raise
         finally:
             del self._sites
@@ -122,6 +133,13 @@ class AttentionTuner(BaseTuner):
 
     def _add_lora(self, config: LoraConfig, adapter_name: str) -> None:
         """Beside our layers, under the same name: what peft does with one adapter it does with both."""
+        if any(adapter_name in _adapters(module) for module in self.model.modules() if isinstance(module, LoraLayer)):
+            raise Conflict(
+                f"the model has LoRA layers called {adapter_name!r} already",
+                f"{type(self).__name__}, option 'lora'",
+                "give another adapter_name, or leave lora out",
+            )
+        self._lora_names = {*vars(self).get("_lora_names", ()), adapter_name}
         held = vars(self.model).pop("peft_config", None)  # a tuner that finds one would add to it
         try:
             LoraModel(self.model, {adapter_name: config}, adapter_name)
@@ -150,28 +168,49 @@ class AttentionTuner(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge_allowed()
-        for module, _ in self._layers():
-            self._take_out(module)
-        self._close_passage()
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper):  # peft would leave the trained module in place
-                parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, module.original_module)
-        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        names = set(self.peft_config)
+        self._remove(names)
+        left = {n: c for n, c in vars(self.model).pop("peft_config", {}).items() if c is not self.peft_config.get(n)}
+        if left:
+            self.model.peft_config = left
+        return self.model
 
-    def _take_back(self, adapter_name: str, bare: bool, trains: list[tuple[torch.nn.Parameter, bool]]) -> None:
-        """After a failure on the way in. ``bare``: the model had nothing of peft's before."""
-        if bare:
-            self._unload_and_optionally_merge(merge=False)
+    def _take_back(self, adapter_name: str, trains: list[tuple[torch.nn.Parameter, bool]]) -> None:
+        """After a failure on the way in."""
+        self._remove({adapter_name})
+        for parameter, required in trains:
+            parameter.requires_grad = required
+
+    def _remove(self, names: set[str]) -> None:
+        """Take adapters of ours out. What other tuners have on the model stays."""
         for module, layer in self._layers():
-            if adapter_name in layer.settings:
-                layer.delete_adapter(adapter_name)
+            for name in names & set(layer.settings):
+                _delete(layer, name)
             if not layer.settings:
                 self._take_out(module)
         if not self._layers():
             self._close_passage()
-        for parameter, required in trains:
-            parameter.requires_grad = required
+        saved = {name for name in names if name in self.peft_config and self.peft_config[name].modules_to_save}
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, LoraLayer):
+                self._take_off(path, module, names & vars(self).get("_lora_names", set()))
+            elif isinstance(module, ModulesToSaveWrapper):  # peft would leave the trained module in place
+                self._take_off(path, module, saved)
+
+    def _take_off(self, path: str, wrapper: Any, names: set[str]) -> None:
+        """Delete adapters from a wrapper of peft's; the wrapper goes, too, if nobody has anything left in it."""
+        held = _adapters(wrapper)
+        for name in names & held if held - names else ():
+            _delete(wrapper, name)
+        if names & held and not held - names:
+            parent, _, child = path.rpartition(".")
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                setattr(self.model.get_submodule(parent), child, wrapper.original_module)
+            elif hasattr(wrapper, "unload_and_optionally_merge_module"):  # torch's own multi-head attention
+                own = wrapper.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                setattr(self.model.get_submodule(parent), child, own)
+            else:
+                setattr(self.model.get_submodule(parent), child, wrapper.get_base_layer())
 
     def _layers(self) -> list[tuple[torch.nn.Module, AttentionLayer]]:
         """Our layers, behind the modules that they stand in."""
@@ -187,6 +226,23 @@ class AttentionTuner(BaseTuner):
         passage = vars(self.model).pop("_patchkit_passage", None)
         if passage is not None:
             passage.close()
+
+
+def _adapters(wrapper: Any) -> set[str]:
+    """Names of the adapters that a wrapper of peft's holds."""
+    if isinstance(wrapper, ModulesToSaveWrapper):
+        return set(wrapper.modules_to_save)
+    return set(wrapper._all_available_adapter_names())
+
+
+def _delete(layer: Any, name: str) -> None:
+    """Without a new one becoming active in its place."""
+    active = [other for other in layer.active_adapters if other != name]
+    layer._active_adapter = active
+    if isinstance(layer, ModulesToSaveWrapper):
+        layer.delete_adapter(name, active)
+    else:
+        layer.delete_adapter(name)
 
 
 def _endings(sites: list[Site], names: list[str]) -> set[str]:

@@ -53,6 +53,7 @@ class Collector:
         self.counted: Tensor | None = None
         self.latest: Tensor | None = None
         self.weight = 0.0
+        self.missed = False  # whether layers were called without gradients in a forward that has them
         self._found: list[Tensor] | None = None
 
     @property
@@ -71,7 +72,7 @@ class Collector:
     def begin(self, arguments: dict[str, Any]) -> None:
         """A forward begins; ``arguments`` are the model's."""
         self.counted = counted_tokens(arguments.get("attention_mask"), arguments.get("labels"))
-        self.latest, self._found = None, []
+        self.latest, self._found, self.missed = None, [], False
 
     def tokens(self, batch: int, count: int) -> Tensor | None:
         """Which of the layer's tokens count: (B, N) bool, or None."""
@@ -86,6 +87,11 @@ class Collector:
             self._found.append(loss)
             self.weight = weight
 
+    def miss(self) -> None:
+        """A layer was called that records no gradient."""
+        if self._found is not None:
+            self.missed = True
+
     def end(self) -> Tensor | None:
         """The mean over the layers that route, also kept as ``latest``; None if none did."""
         found, self._found = self._found, None
@@ -94,7 +100,7 @@ class Collector:
         return self.latest
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"counted": None, "latest": None, "weight": 0.0, "_found": None}
+        return {"counted": None, "latest": None, "weight": 0.0, "missed": False, "_found": None}
 
 
 def add_to(output: Any, loss: Tensor | None, weight: float, arguments: dict[str, Any], shifts: bool) -> Any:

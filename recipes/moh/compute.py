@@ -10,6 +10,7 @@ from torch import Tensor
 
 from patchkit import kernels
 from patchkit.context import AttentionCall
+from patchkit.kernels import routed
 from patchkit.masks import NOTHING_LEFT
 from patchkit.recipes.moh.budget import Budget
 from patchkit.recipes.moh.gates import Gates
@@ -44,11 +45,10 @@ def attend(call: AttentionCall, next: Next, gates: Gates, budget: Budget, min_to
     """
     if budget.everything and gates.value is None:
         return next(call)  # to the bit what would have run without us
-    reason = why_gated(call, gates)
-    path: Any = None
-    if reason is None and min_tokens is not None:
-        reason = f"fewer than {min_tokens} queries (min_tokens)" if call.q.shape[2] < min_tokens else None
-    elif reason is None:
+    reason = why_gated(call, gates) or _too_few(call, budget, min_tokens)
+    # a number of tokens is an order: the call is not to be computed whole after all
+    path: Any = None if min_tokens is None else _sparse_path(call)
+    if reason is None and path is None and not torch.compiler.is_compiling():  # a graph has the operator itself count
         found = kernels.routed_path(call.q, call.k, gates.active, budget.shared)
         path = found.name
         reason = _slower(call, found.reason) if path == "dense" else None
@@ -59,7 +59,6 @@ def attend(call: AttentionCall, next: Next, gates: Gates, budget: Budget, min_to
         call.ledger.ran_dense(reason)
         return gated(call, next, gates)
     call.ledger.count("active heads only")
-    # a number of tokens is an order: the call is not to be computed whole after all
     return kernels.routed_attention(
         call.q,
         call.k,
@@ -70,8 +69,20 @@ def attend(call: AttentionCall, next: Next, gates: Gates, budget: Budget, min_to
         scale=call.scale,
         causal=call.causal and mask is None,
         mask=mask,
-        path=path or ("blocked" if kernels.routed_path(call.q, call.k, gates.active).name == "dense" else None),
+        path=path,
     )
+
+
+def _too_few(call: AttentionCall, budget: Budget, min_tokens: int | None) -> str | None:
+    """Why a call of this shape is computed whole, or None if what is active decides."""
+    if min_tokens is None:
+        why = routed.why_dense(call.q, call.k, budget.shared)
+        return None if why is None else _slower(call, why)
+    return f"fewer than {min_tokens} queries (min_tokens)" if call.q.shape[2] < min_tokens else None
+
+
+def _sparse_path(call: AttentionCall) -> str:
+    return "triton" if routed.triton_obstacle(call.q, call.k) is None else "blocked"
 
 
 def _slower(call: AttentionCall, why: str) -> str:
@@ -88,6 +99,8 @@ def _yes_or_no(call: AttentionCall) -> tuple[Tensor | None, str | None]:
     if mask is None:
         return None, None
     if mask.dtype != torch.bool:
+        if torch.compiler.is_compiling():
+            return None, "an additive mask, which a graph cannot look into"
         seen = mask == 0
         if not bool((seen | (mask <= NOTHING_LEFT)).all()):
             return None, "a mask with other values than yes and no"

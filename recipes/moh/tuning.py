@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +24,10 @@ from patchkit.recipes.moh.budget import Budget
 from patchkit.recipes.moh.gates import Gate, Gates, Weights, by_length, by_weights
 from patchkit.sites import Site
 
+REENTRANT = (
+    "MoH's load-balance loss is missing from this loss: reentrant checkpointing calls the layers without gradients. "
+    'Give gradient_checkpointing_kwargs={"use_reentrant": False}.'
+)
 SPREAD = 0.02  # of the weights that choose; those that only weigh begin at 0, where every gate is 1
 
 
@@ -146,7 +151,10 @@ class HeadRouter(AttentionLayer):
             return next(call)
         if not torch.compiler.is_compiling():
             moh.note(call, gates)
-        if train and gates.scores is not None and isinstance(self.passage, Balancing):
+        balances = gates.scores is not None and isinstance(self.passage, Balancing)
+        if balances and not train:
+            self.passage.collector.miss()
+        elif balances:
             counted = self.passage.collector.tokens(call.q.shape[0], call.q.shape[2])
             loss = imbalance(gates.scores, gates.active[:, setting.budget.shared :], counted)
             self.passage.collector.add(loss, setting.balance)
@@ -179,7 +187,10 @@ class Balancing(Passage):
 
     def ended(self, model: torch.nn.Module, arguments: dict[str, Any], output: Any) -> Any:
         loss = self.collector.end()
-        weight = self.collector.weight if model.training and torch.is_grad_enabled() else 0.0
+        learns = model.training and torch.is_grad_enabled()
+        if learns and loss is None and self.collector.missed and not torch.compiler.is_compiling():
+            warnings.warn(REENTRANT, stacklevel=2)
+        weight = self.collector.weight if learns else 0.0
         return add_to(output, loss, weight, arguments, moh.shifts_labels(model))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import tiny
 import torch
 from fingerprint import assert_same, fingerprint
 from peft import LoraConfig, PeftModel, get_peft_model
-from recipes.test_moh import dit, draw
+from recipes.test_moh import dit, draw, noise
 
 import patchkit
 from patchkit import InvalidOption
@@ -219,6 +220,53 @@ def test_lora_of_its_own_keeps_its_names_and_trains_beside() -> None:
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
 
 
+@pytest.mark.parametrize("first", ["lora", "moh"])
+@pytest.mark.parametrize("own", [False, True])
+def test_each_is_unloaded_and_saved_alone(first: str, own: bool, tmp_path: Path) -> None:
+    """Two adapters of two tuners, both called default where they may be: neither takes the other's place."""
+    entry = tiny.MODELS["qwen3"]
+    base = entry.build()
+    plain = tiny.forward(entry, base)
+    lora_name = "other" if own else "default"
+
+    def lora(model: Any) -> Any:
+        return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "o_proj"]), lora_name)
+
+    def moh(model: Any) -> Any:
+        return get_peft_model(model, config(lora=own, router="linear", modules_to_save=["lm_head"]))
+
+    only = tiny.forward(entry, shaken(lora(entry.build())))
+    if first == "lora":
+        one = shaken(lora(base))
+        two = moh(one.get_base_model())
+    else:
+        two = moh(base)
+        one = lora(two.get_base_model())
+        shaken(one)
+    one.save_pretrained(tmp_path / "lora")
+    two.save_pretrained(tmp_path / "moh")
+    folder = tmp_path / "lora" / lora_name if own else tmp_path / "lora"
+    assert '"LORA"' in (folder / "adapter_config.json").read_text()
+    assert '"PATCHKIT_MOH"' in (tmp_path / "moh" / "adapter_config.json").read_text()
+    assert two.unload() is base
+    one.set_adapter(lora_name)
+    if first == "lora":
+        assert torch.equal(tiny.forward(entry, one), only)
+    assert list(base.peft_config) == [lora_name]
+    assert not any("head_router" in name or "modules_to_save" in name for name, _ in base.named_modules())
+    assert one.unload() is base
+    assert torch.equal(tiny.forward(entry, base), plain)
+    assert not hasattr(base, "peft_config")
+
+
+def test_lora_layers_of_one_name_are_refused_twice() -> None:
+    model = get_peft_model(tiny.MODELS["qwen3"].build(), LoraConfig(r=4, target_modules=["q_proj"])).get_base_model()
+    before = fingerprint(model)
+    with pytest.raises(patchkit.Conflict, match="default"):
+        get_peft_model(model, config())
+    assert_same(before, fingerprint(model))
+
+
 def test_router_sees_lora_that_comes_later() -> None:
     """With a query norm, lengths are those of the projection with LoRA on it, whichever came first."""
     entry = tiny.MODELS["qwen3"]
@@ -352,6 +400,18 @@ def test_gradients_with_and_without_checkpointing(gate: Any) -> None:
         torch.testing.assert_close(grads[name], grads_again[name])
 
 
+def test_reentrant_checkpointing_is_warned_of() -> None:
+    model = shaken(get_peft_model(tiny.MODELS["qwen3"].build(), config(balance=0.5))).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.warns(UserWarning, match="use_reentrant"):
+        model(**batch())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch())
+        model.eval()(**batch())
+
+
 def test_loss_in_training_and_evaluation() -> None:
     entry = tiny.MODELS["qwen3"]
     model = get_peft_model(entry.build(), config(balance=0.5))
@@ -366,14 +426,19 @@ def test_loss_in_training_and_evaluation() -> None:
     torch.testing.assert_close(auxiliary_loss(model), aux)
 
 
-def weights_after(folder: Path, accumulate: int, checkpointing: bool, rows: int = 8) -> dict[str, torch.Tensor]:
+def weights_after(
+    folder: Path, accumulate: int, checkpointing: bool, rows: int = 8, balance: float = 0.0
+) -> dict[str, torch.Tensor]:
     from transformers import Trainer, TrainingArguments
 
     data = batch(rows)
-    data["labels"][1, :9] = -100  # parts with unequal numbers of labels
+    if balance:  # P and f are those of a part: the same for all of them only if the rows are
+        data = {name: value[1:2].repeat(rows, 1) for name, value in data.items()}
+    else:
+        data["labels"][1, :9] = -100  # parts with unequal numbers of labels
     items = [{name: value[i] for name, value in data.items()} for i in range(rows)]
     torch.manual_seed(0)
-    model = shaken(get_peft_model(tiny.MODELS["qwen3"].build(), config(router="linear", balance=0.0)))
+    model = shaken(get_peft_model(tiny.MODELS["qwen3"].build(), config(router="linear", balance=balance)))
     model.config.use_cache = False
     arguments = TrainingArguments(
         str(folder), max_steps=2, per_device_train_batch_size=rows // accumulate, report_to=[], save_strategy="no",
@@ -392,6 +457,16 @@ def test_trainer(tmp_path: Path) -> None:
         other = weights_after(tmp_path, accumulate, checkpointing)
         for name, value in whole.items():
             torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_trainer_balances_alike_in_parts(tmp_path: Path) -> None:
+    """The load-balance loss of an accumulated batch weighs as much as that of a whole one; without it all differs."""
+    whole = weights_after(tmp_path, 1, False, 4, balance=5.0)
+    parts = weights_after(tmp_path, 4, False, 4, balance=5.0)
+    less = weights_after(tmp_path, 1, False, 4, balance=1e-9)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-5, rtol=1e-4)
+    assert any(not torch.allclose(less[name], value, atol=1e-3) for name, value in whole.items())
 
 
 def test_auxiliary_loss_is_scaled_with_accumulated_parts() -> None:
@@ -426,6 +501,61 @@ def test_it_learns() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("router", ["qnorm", "linear"])
+@pytest.mark.parametrize("name", ["qwen3", "bert"])
+def test_compiled_as_one_graph(name: str, router: Any) -> None:
+    """Nothing of an adapter is opaque to a graph: its own parameters are trained in it."""
+    entry = tiny.MODELS[name]
+    model = shaken(get_peft_model(entry.build(), config(name, router=router, balance=0.5)))
+    data = batch()
+    given = data if name != "bert" else {n: v for n, v in data.items() if n != "labels"}
+    plain = model(**given)[0].detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**given)[0], plain)
+    found = []
+    model.train()
+    for module in (model, compiled):
+        model.zero_grad()
+        out = module(**given)[0]
+        (out if out.ndim == 0 else out.square().mean() + auxiliary_loss(model)).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert any("lora_" in n for n in found[0])
+    assert any("moh_" in n for n in found[0]) == (router == "linear")
+    for n, grad in found[0].items():
+        torch.testing.assert_close(found[1][n], grad)
+
+
+@pytest.mark.parametrize("mask", ["none", "padding"])
+def test_compiled_with_the_active_heads_alone(mask: str) -> None:
+    entry = tiny.MODELS["qwen3"]
+    model = shaken(get_peft_model(entry.build(), config(router="linear", min_tokens=8)))
+    given = {n: v for n, v in batch().items() if n == "input_ids" or mask == "padding"}
+    given.pop("labels", None)
+    with torch.no_grad():
+        plain = model(**given).logits
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="eager", fullgraph=True)(**given).logits
+    real = batch()["attention_mask"].bool() if mask == "padding" else torch.ones_like(batch()["input_ids"]).bool()
+    torch.testing.assert_close(found[real], plain[real])
+
+
+def test_dit_is_trained_compiled() -> None:
+    model = get_peft_model(dit(), MoHConfig(router="linear", lora={"r": 4, "target_modules": ["to_q"]}))
+    shaken(model).train()
+    found = []
+    torch._dynamo.reset()
+    for module in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        out = module(noise(2, 4, 8, 8), timestep=torch.tensor([5, 5]), class_labels=torch.tensor([1, 2])).sample
+        (out.square().mean() + auxiliary_loss(model)).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert any("moh_" in n for n in found[0])
+    for n, grad in found[0].items():
+        torch.testing.assert_close(found[1][n], grad)
 
 
 def test_generation() -> None:
