@@ -1,9 +1,11 @@
 """What every Triton kernel takes on GPUs that are not here: registers, spills, shared memory, pipelined loads.
 
     python benchmarks/compile_kernels.py                 compile everything, rewrite results/compile.jsonl
-    python benchmarks/compile_kernels.py --check         compile everything, compare with the table, exit 1 on a fault
-    python benchmarks/compile_kernels.py --check --subset    sm90 whole, of the others what is tightest there
+    python benchmarks/compile_kernels.py --check         compile what has changed since and what is tightest, compare
+                                                         with the table, exit 1 on a fault
+    python benchmarks/compile_kernels.py --check --all   compile everything and compare
 
+A row tells by its ``source`` what it was made of: kernel, argument types, launch parameters, release of Triton.
 Rewrite the table whenever a kernel or its launch parameters change on purpose, and read the difference.
 """
 
@@ -46,7 +48,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the table instead of rewriting it")
-    parser.add_argument("--subset", action="store_true", help="of sm80 and sm120 only what takes most; with --check")
+    parser.add_argument("--all", action="store_true", help="with --check: also what has not changed")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="modules with this text in their name, such as sparse")
     parser.add_argument("--table", type=Path, default=TABLE)
@@ -54,7 +56,7 @@ def main() -> int:
     args = parser.parse_args()
     modules = [m for m in gate.kernel_modules() if args.only in m]
     table = read(args.table)
-    jobs = gate.jobs_for(modules, args.targets, table if args.subset else None)
+    jobs = gate.jobs_for(modules, args.targets, table if args.check and not args.all else None)
     if not jobs:
         print(f"no variants in {modules or 'any module'}", file=sys.stderr)
         return 2

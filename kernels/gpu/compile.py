@@ -6,6 +6,8 @@ change to a kernel can be checked for lost pipelining or spilled registers witho
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -70,25 +72,8 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = list(variant.kernel.arg_names)
-    missing = [n for n in names if n not in variant.types and n not in variant.constants]
-    if missing:
-        raise ValueError(f"{variant.name}: no type or value for {', '.join(missing)}")
-    signature = {n: variant.types.get(n, "constexpr") if n not in variant.constants else "constexpr" for n in names}
-    aligned = [i for i, n in enumerate(names) if signature[n] not in ("constexpr", "fp32") and n not in variant.loose]
-    source = ASTSource(
-        fn=variant.kernel,
-        signature=signature,
-        constexprs={(names.index(n),): value for n, value in variant.constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    made = triton.compile(
-        source,
-        target=GPUTarget("cuda", TARGETS[target], 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-    )
+    made = triton.compile(_source(variant), target=GPUTarget("cuda", TARGETS[target], 32), options=_options(variant))
     ptx = made.asm["ptx"]
     registers, spills = _assemble(ptx)
     return Compiled(
@@ -102,6 +87,36 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
         num_warps=variant.num_warps,
         num_stages=variant.num_stages,
         integer=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)[\w.:]*\.s8", ptx)),
+    )
+
+
+def fingerprint(variant: Variant, target: str) -> str:
+    """Of all that the machine code depends on: equal ones need no second compile. Compiles nothing."""
+    import triton
+
+    parts = _source(variant).hash(), json.dumps(_options(variant)), target, triton.__version__
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def _options(variant: Variant) -> dict[str, int]:
+    return {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+
+
+def _source(variant: Variant) -> Any:
+    """What Triton's compiler is given."""
+    from triton.compiler import ASTSource
+
+    names = list(variant.kernel.arg_names)
+    missing = [n for n in names if n not in variant.types and n not in variant.constants]
+    if missing:
+        raise ValueError(f"{variant.name}: no type or value for {', '.join(missing)}")
+    signature = {n: variant.types.get(n, "constexpr") if n not in variant.constants else "constexpr" for n in names}
+    aligned = [i for i, n in enumerate(names) if signature[n] not in ("constexpr", "fp32") and n not in variant.loose]
+    return ASTSource(
+        fn=variant.kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in variant.constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
 
 

@@ -60,13 +60,13 @@ def variants_of(module: str) -> list[Variant]:
 
 
 def jobs_for(modules: Iterable[str], targets: Sequence[str], table: Iterable[Row] | None = None) -> list[Job]:
-    """All compiles of some modules, or those that suffice between full checks.
+    """All compiles of some modules, or those that a table leaves over.
 
     Args:
         modules: from :func:`kernel_modules`.
         targets: GPU generations.
-        table: accepted rows. With them the first target is compiled whole, and for each other one, of every kernel, the
-            variants that take the most registers and the most shared memory there, and those that the table lacks.
+        table: accepted rows. With them only what has changed since (source, launch parameters, release of Triton) is
+            compiled, and of every kernel what takes the most registers and the most shared memory on each target.
     """
     known = None if table is None else {_key(row): row for row in table}
     jobs = []
@@ -74,17 +74,21 @@ def jobs_for(modules: Iterable[str], targets: Sequence[str], table: Iterable[Row
         found = variants_of(module)
         for target in targets:
             here = [v for v in found if target in v.targets]
-            chosen = here if known is None or target == targets[0] else _tightest(here, target, known)
+            chosen = here if known is None else _needed(here, target, known)
             jobs += [Job(module, v.name, target) for v in chosen]
     return jobs
 
 
-def _tightest(variants: Sequence[Variant], target: str, known: Mapping[tuple[str, str], Row]) -> list[Variant]:
-    """Of each kernel the variants that are closest to the limits of ``target``, and unknown ones."""
-    chosen = {v.name for v in variants if (v.name, target) not in known}
-    kernels: dict[int, list[Variant]] = {}
+def _needed(variants: Sequence[Variant], target: str, known: Mapping[tuple[str, str], Row]) -> list[Variant]:
+    """Variants that differ from what the table was made of, and of each kernel those closest to the target's limits."""
+    from .compile import fingerprint
+
+    chosen, kernels = set(), dict[int, list[Variant]]()
     for v in variants:
-        if v.name not in chosen:
+        row = known.get((v.name, target))
+        if row is None or row.get("source") != fingerprint(v, target):
+            chosen.add(v.name)
+        else:
             kernels.setdefault(id(v.kernel), []).append(v)
     for group in kernels.values():
         for what in ("registers", "shared_bytes"):
@@ -99,7 +103,7 @@ def _by_name(module: str) -> dict[str, Variant]:
 
 def compile_job(job: Job) -> Row:
     """One row of the table, with ``faults``: what the gate does not let pass. A compile that fails is a fault too."""
-    from .compile import compile_variant
+    from .compile import compile_variant, fingerprint
 
     variant = _by_name(job.module)[job.variant]
     try:
@@ -107,7 +111,8 @@ def compile_job(job: Job) -> Row:
     except Exception as error:  # the compiler raises whatever its passes raise; the table must name the variant
         told = " ".join(str(error).split())
         return {"variant": job.variant, "target": job.target, "faults": [f"does not compile: {told[-300:]}"]}
-    return made.row() | {"triton": triton_version(), "faults": made.faults(variant.pipelined, variant.integer)}
+    made_of = {"triton": triton_version(), "source": fingerprint(variant, job.target)}
+    return made.row() | made_of | {"faults": made.faults(variant.pipelined, variant.integer)}
 
 
 def compile_all(jobs: Sequence[Job], processes: int = 2) -> list[Row]:

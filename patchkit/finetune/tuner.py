@@ -12,6 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from patchkit.adapters import adapter_for
 from patchkit.errors import Conflict, InvalidOption, NothingMatched, UnsupportedModel
+from patchkit.finetune.config import TunerConfig
 from patchkit.finetune.layer import AttentionLayer
 from patchkit.finetune.passage import Passage
 from patchkit.sites import Site
@@ -37,7 +38,9 @@ class AttentionTuner(BaseTuner):
             if held is not None:
                 model.peft_config = held
             raise
-        model.peft_config = {**(held or {}), **self.peft_config}  # a dict of its own: later tuners write into it
+        # a dict of its own, because later tuners write into it; of one name, theirs stays as they will look for it
+        theirs = {n: c for n, c in (held or {}).items() if n not in self.peft_config or not isinstance(c, TunerConfig)}
+        model.peft_config = {**self.peft_config, **theirs}
 
     # --- for the author of a recipe to override ---------------------------------------------------------------
 

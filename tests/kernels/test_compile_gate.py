@@ -42,9 +42,9 @@ def compiling(*command, **extra):
 
 @pytest.mark.slow
 def test_every_kernel_compiles_as_the_table_says():
-    """sm90 whole, of sm80 and sm120 the variants that take most; all of them where PATCHKIT_COMPILE_ALL is set (CI)."""
-    subset = [] if os.environ.get("PATCHKIT_COMPILE_ALL") else ["--subset"]
-    done = compiling(ROOT / "benchmarks" / "compile_kernels.py", "--check", *subset)
+    """What has changed since the table was written, and the tightest; everything where PATCHKIT_COMPILE_ALL is set."""
+    everything = ["--all"] if os.environ.get("PATCHKIT_COMPILE_ALL") else []
+    done = compiling(ROOT / "benchmarks" / "compile_kernels.py", "--check", *everything)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 
@@ -115,15 +115,36 @@ def test_shared_memory_beyond_the_card_is_a_fault():
     assert "102400 bytes of shared memory, 101376 are there" in made["sm120"][0]
 
 
-def test_the_subset_takes_what_is_tightest(monkeypatch):
-    """Of one kernel with variants a to e: most registers, most shared memory, and what the table does not know."""
-    from patchkit.kernels.gpu import Variant
+def test_what_has_changed_and_what_is_tightest(monkeypatch):
+    """Of one kernel with variants a to f: most registers, most shared memory, a changed and an unknown one."""
+    from patchkit.kernels.gpu import Variant, compile
 
     kernel = object()
-    monkeypatch.setattr(gate, "variants_of", lambda module: [Variant(n, kernel, {}, {}) for n in "abcde"])
-    figures = {"a": (50, 10), "b": (90, 10), "c": (60, 99), "d": (70, 70)}
-    table = [{"variant": n, "target": "sm120", "registers": r, "shared_bytes": s} for n, (r, s) in figures.items()]
+    monkeypatch.setattr(gate, "variants_of", lambda module: [Variant(n, kernel, {}, {}) for n in "abcdef"])
+    monkeypatch.setattr(compile, "fingerprint", lambda variant, target: f"{variant.name} {target}")
+    figures = {"a": (50, 10), "b": (90, 10), "c": (60, 99), "d": (70, 70), "f": (50, 10)}
+    table = [
+        {"variant": n, "target": t, "registers": r, "shared_bytes": s, "source": f"{n} {t}" if n != "f" else "before"}
+        for n, (r, s) in figures.items()
+        for t in ("sm90", "sm120")
+    ]
     jobs = gate.jobs_for(["m"], ["sm90", "sm120"], table)
-    assert [j.variant for j in jobs if j.target == "sm90"] == list("abcde")
-    assert [j.variant for j in jobs if j.target == "sm120"] == ["b", "c", "e"]
-    assert len(gate.jobs_for(["m"], ["sm90", "sm120"])) == 10
+    for target in ("sm90", "sm120"):
+        assert [j.variant for j in jobs if j.target == target] == ["b", "c", "e", "f"]
+    assert len(gate.jobs_for(["m"], ["sm90", "sm120"])) == 12
+
+
+def test_a_fingerprint_follows_all_that_machine_code_depends_on():
+    code = (
+        "import dataclasses, json, bad_triton; from patchkit.kernels.gpu.compile import fingerprint; "
+        "one = bad_triton.variants()[0]; "
+        "others = [dataclasses.replace(one, num_warps=8), dataclasses.replace(one, num_stages=1), "
+        "dataclasses.replace(one, loose=frozenset(one.types)), bad_triton.variants()[1]]; "
+        "every = [(one, 'sm90'), (one, 'sm80'), *((other, 'sm90') for other in others)]; "
+        "print(json.dumps([fingerprint(*each) for each in every]))"
+    )
+    first, second = (compiling("-c", code, PYTHONPATH=str(Path(__file__).parent)) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    found = json.loads(first.stdout)
+    assert len(set(found)) == len(found)
