@@ -159,9 +159,8 @@ class Installation:
         """Take back every write."""
         self.slot.closed = True
         for site in self.sites:
-            site.chain = site.tracker = site.ear = (
-                None  # sites may live on in a plan; the pipeline must not because of that
-            )
+            # sites may live on in a plan; the pipeline must not because of that
+            site.chain = site.tracker = site.ear = None
         drift = swapped(self) + self.journal.undo()
         self.adapter.close()
         self.installed.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -11,15 +10,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchkit.adapters.base import layers_of, unwrap
+from patchkit.adapters.base import unwrap
 from patchkit.context import AttentionCall, DenoiseCall
 from patchkit.errors import InvalidOption
-from patchkit.listening import What, has_query_norm, projection_name
+from patchkit.listening import What
 from patchkit.recipe_base import Recipe
 from patchkit.recipes.moh import compute
-from patchkit.recipes.moh.balance import Collector, add_to, imbalance
-from patchkit.recipes.moh.budget import Budget
-from patchkit.recipes.moh.gates import Gate, Gates, by_length
+from patchkit.recipes.moh.balance import (
+    BETA,
+    Collector,
+    add_to,
+    auxiliary_loss,
+    collectors,
+    imbalance,
+    shifts_labels,
+    warn_if_missed,
+)
+from patchkit.recipes.moh.gates import Gate, by_length
+from patchkit.recipes.moh.options import budget_of, check_budgets, needs, note, why_not
 from patchkit.registry import recipe
 from patchkit.sites import Site
 
@@ -32,9 +40,7 @@ __all__ = ["MoH", "MoHConfig", "auxiliary_loss"]
 Next = Callable[[AttentionCall], Tensor]
 Amount = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 GAINS = 1024  # queries from which leaving heads out gains on a CPU, for predictions
-BETA = 0.01  # weight of the load-balance loss, everywhere in the paper and its code
 ADAPTERS_OWN = ("shared", "active", "router", "gate", "shared_per_layer", "active_per_layer")
-_collectors: weakref.WeakKeyDictionary[Any, Collector] = weakref.WeakKeyDictionary()
 
 
 @recipe("moh")
@@ -125,12 +131,12 @@ class MoH(Recipe):
         for site in sites:
             budget_of(self, site)
         # a model has one for all patches: a plan, or a patch that is refused, must not cut off the one that is on
-        return _collectors.setdefault(unwrap(target), Collector()) if self.mode == "train" else Collector()
+        return collectors.setdefault(unwrap(target), Collector()) if self.mode == "train" else Collector()
 
     def attach(self, target: Any, sites: list[Site]) -> Attachment | None:
         """The trained adapter, if one is asked for; in training, what forgets the loss with the patch."""
         if self.adapter is None:
-            return _collectors[unwrap(target)] if self.mode == "train" else None
+            return collectors[unwrap(target)] if self.mode == "train" else None
         from patchkit.recipes.moh import attaching
 
         return attaching.attach(target, self.adapter)
@@ -167,7 +173,7 @@ class MoH(Recipe):
 
     def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Any]) -> Any:
         """In training, gather the layers' imbalances and add them to the model's loss."""
-        collector = _collectors.get(call.module) if self.mode == "train" else None
+        collector = collectors.get(call.module) if self.mode == "train" else None
         if collector is None or collector.gathers:  # another patch with other layers gathers for both
             return next(call)
         if not torch.is_grad_enabled():
@@ -178,6 +184,8 @@ class MoH(Recipe):
             output = next(call)
         finally:
             loss = collector.end()
+        if call.module.training:
+            warn_if_missed(collector)
         weight = BETA if call.module.training else 0.0
         return add_to(output, loss, weight, call.kwargs, shifts_labels(call.module))
 
@@ -195,113 +203,13 @@ class MoH(Recipe):
         train = self.mode == "train" and torch.is_grad_enabled()
         gates = by_length(queries, budget, self.gate or "binary", train)
         note(call, gates)
-        if train and gates.scores is not None:
-            collector: Collector = call.prepared
+        collector: Collector = call.prepared
+        if gates.scores is not None and self.mode == "train" and not train:
+            collector.miss()
+        elif gates.scores is not None and train:
             counted = collector.tokens(call.q.shape[0], call.q.shape[2])
             collector.add(imbalance(gates.scores, gates.active[:, budget.shared :], counted), BETA)
         return compute.attend(call, next, gates, budget, self.min_tokens)
-
-
-def check_budgets(options: Any, where: str) -> None:
-    """Refuse what no number of heads can have; raises :class:`InvalidOption`."""
-    lists = [options.shared_per_layer, options.active_per_layer]
-    for name, values in zip(("shared_per_layer", "active_per_layer"), lists, strict=True):
-        if values is not None and not values:
-            raise InvalidOption("the list is empty", f"{where}{name!r}", "give one entry for each block")
-    if None not in lists and len(lists[0]) != len(lists[1]):
-        raise InvalidOption(
-            f"{len(lists[0])} shared and {len(lists[1])} active", f"{where}'active_per_layer'", "give as many of both"
-        )
-    count = max((len(values) for values in lists if values is not None), default=1)
-    for layer in range(count):
-        shared, active = amounts(options, layer)
-        if isinstance(shared, float) == isinstance(active, float) and active < shared:
-            raise InvalidOption(
-                f"active {active} is less than shared {shared}",
-                f"{where}'active'",
-                "active counts the shared heads too: raise it, or lower shared",
-            )
-        if not active:
-            raise InvalidOption("no head would be on", f"{where}'active'", "give more than 0")
-
-
-def amounts(options: Any, layer: int) -> tuple[Any, Any]:
-    """``shared`` and ``active`` of a block."""
-    shared, active = options.shared_per_layer, options.active_per_layer
-    return shared[layer] if shared else options.shared, active[layer] if active else options.active
-
-
-def budget_of(options: Any, site: Site) -> Budget:
-    """The heads of a site; raises :class:`InvalidOption` where the options do not fit it."""
-    for name in ("shared_per_layer", "active_per_layer"):
-        values = getattr(options, name)
-        if values is not None and len(values) != site.layers:
-            raise InvalidOption(
-                f"{len(values)} entries for {site.layers} blocks", f"recipe 'moh', option {name!r}", "give one a block"
-            )
-    return Budget.of(site.heads, *amounts(options, site.layer), where=f"{site.full_name}, recipe 'moh'")
-
-
-def why_not(site: Site, router: str) -> str | None:
-    """Why a site cannot have a router, or None if it can."""
-    if site.heads < 2:
-        return f"{site.heads or 'an unknown number of'} heads: there is nothing to choose from"
-    if router == "qnorm" and has_query_norm(site.module) and projection_name(site.module) is None:
-        return "its queries are normalised, and what projects them could not be found"
-    return None
-
-
-def needs(site: Site, router: str) -> frozenset[What]:
-    """What a router needs of a site's module besides the op's inputs.
-
-    The linear one its input; the other its queries as projected, where a norm takes their length away.
-    """
-    if router == "linear":
-        return frozenset(("hidden",))
-    return frozenset(("queries",)) if has_query_norm(site.module) else frozenset()
-
-
-def note(call: AttentionCall, gates: Gates) -> None:
-    """For the report: the share of tokens for which each head was on."""
-    on = gates.active.detach()
-    call.ledger.average(active=(on.sum((0, 2)), torch.full((on.shape[1],), on.shape[0] * on.shape[2])))
-
-
-def shifts_labels(model: Any) -> bool:
-    """Whether a model's loss leaves out the first label of each row."""
-    return str(getattr(model, "loss_type", "")) in ("ForCausalLM", "ForConditionalGeneration")
-
-
-def auxiliary_loss(model: Any) -> Tensor | None:
-    """The load-balance loss of the latest forward, a scalar with gradients, not yet weighted; None if there is none.
-
-    In training it has been added to the loss in the model's output. This is for who computes a loss from logits.
-
-    Args:
-        model: a model with an adapter of :class:`MoHConfig`, or one patched with ``mode="train"``.
-    """
-    for part in _inward(model):
-        passage = vars(part).get("_patchkit_passage")
-        collector = getattr(passage, "collector", None) or _known(part)
-        if collector is not None:
-            found: Tensor | None = collector.latest
-            return found
-    return None
-
-
-def _known(part: Any) -> Collector | None:
-    try:
-        return _collectors.get(part)
-    except TypeError:  # what cannot be held weakly was never patched
-        return None
-
-
-def _inward(model: Any) -> Any:
-    """A model and what wrappers hold."""
-    yield from layers_of(model)
-    inner = getattr(model, "module", None)  # of DistributedDataParallel
-    if inner is not None and inner is not model:
-        yield from layers_of(inner)
 
 
 def __getattr__(name: str) -> Any:

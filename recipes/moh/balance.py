@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from patchkit.adapters.base import layers_of
+
 IGNORED = -100  # label of a token that is not learned from
+BETA = 0.01  # weight of the load-balance loss, everywhere in the paper and its code
+REENTRANT = (
+    "MoH's load-balance loss is missing from this loss: reentrant checkpointing calls the layers without gradients. "
+    'Give gradient_checkpointing_kwargs={"use_reentrant": False}.'
+)
 
 
 def imbalance(scores: Tensor, active: Tensor, counted: Tensor | None) -> Tensor:
@@ -103,6 +112,16 @@ class Collector:
         return {"counted": None, "latest": None, "weight": 0.0, "missed": False, "_found": None}
 
 
+# of models patched with mode="train"
+collectors: weakref.WeakKeyDictionary[Any, Collector] = weakref.WeakKeyDictionary()
+
+
+def warn_if_missed(collector: Collector) -> None:
+    """A forward with gradients has ended: say so if the layers had none, and so no load-balance loss."""
+    if collector.missed and collector.latest is None and not torch.compiler.is_compiling():
+        warnings.warn(REENTRANT, stacklevel=2)
+
+
 def add_to(output: Any, loss: Tensor | None, weight: float, arguments: dict[str, Any], shifts: bool) -> Any:
     """Add ``weight`` times the load-balance loss to the loss in a model's output, where it has one.
 
@@ -135,3 +154,40 @@ def _loss_of(output: Any) -> Tensor | None:
     if isinstance(output, tuple) and output:
         found = output[0] if isinstance(output[0], Tensor) and output[0].ndim == 0 else None
     return found if isinstance(found, Tensor) else None
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether a model's loss leaves out the first label of each row."""
+    return str(getattr(model, "loss_type", "")) in ("ForCausalLM", "ForConditionalGeneration")
+
+
+def auxiliary_loss(model: Any) -> Tensor | None:
+    """The load-balance loss of the latest forward, a scalar with gradients, not yet weighted; None if there is none.
+
+    In training it has been added to the loss in the model's output. This is for who computes a loss from logits.
+
+    Args:
+        model: a model with an adapter of :class:`MoHConfig`, or one patched with ``mode="train"``.
+    """
+    for part in _inward(model):
+        passage = vars(part).get("_patchkit_passage")
+        collector = getattr(passage, "collector", None) or _known(part)
+        if collector is not None:
+            found: Tensor | None = collector.latest
+            return found
+    return None
+
+
+def _known(part: Any) -> Collector | None:
+    try:
+        return collectors.get(part)
+    except TypeError:  # what cannot be held weakly was never patched
+        return None
+
+
+def _inward(model: Any) -> Any:
+    """A model and what wrappers hold."""
+    yield from layers_of(model)
+    inner = getattr(model, "module", None)  # of DistributedDataParallel
+    if inner is not None and inner is not model:
+        yield from layers_of(inner)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -17,17 +16,12 @@ from patchkit.finetune.layer import AttentionLayer, device_of
 from patchkit.finetune.passage import Passage
 from patchkit.finetune.tuner import AttentionTuner
 from patchkit.listening import What
-from patchkit.recipes import moh
-from patchkit.recipes.moh import compute
-from patchkit.recipes.moh.balance import Collector, add_to, imbalance
+from patchkit.recipes.moh import compute, options
+from patchkit.recipes.moh.balance import BETA, Collector, add_to, imbalance, shifts_labels, warn_if_missed
 from patchkit.recipes.moh.budget import Budget
 from patchkit.recipes.moh.gates import Gate, Gates, Weights, by_length, by_weights
 from patchkit.sites import Site
 
-REENTRANT = (
-    "MoH's load-balance loss is missing from this loss: reentrant checkpointing calls the layers without gradients. "
-    'Give gradient_checkpointing_kwargs={"use_reentrant": False}.'
-)
 SPREAD = 0.02  # of the weights that choose; those that only weigh begin at 0, where every gate is 1
 
 
@@ -56,7 +50,7 @@ class MoHConfig(TunerConfig):
     gate: Gate | None = field(default=None)
     shared_per_layer: list[float | int] | None = field(default=None)
     active_per_layer: list[float | int] | None = field(default=None)
-    balance: float = field(default=moh.BETA)
+    balance: float = field(default=BETA)
     min_tokens: int | None = field(default=None)
 
     type_name: ClassVar[str] = "PATCHKIT_MOH"
@@ -66,7 +60,7 @@ class MoHConfig(TunerConfig):
         _check_values(self)
         if self.gate is None:
             self.gate = "binary" if self.router == "qnorm" else "weighted"
-        moh.check_budgets(self, "MoHConfig, option ")
+        options.check_budgets(self, "MoHConfig, option ")
 
 
 def _check_values(config: MoHConfig) -> None:
@@ -126,7 +120,7 @@ class HeadRouter(AttentionLayer):
 
     def add(self, adapter_name: str, config: Any) -> None:
         """The weights that this layer's budget needs, in fp32."""
-        budget = moh.budget_of(config, self.site)
+        budget = options.budget_of(config, self.site)
         self.settings[adapter_name] = Setting(budget, config.router, config.gate, config.min_tokens, config.balance)
         if config.router != "linear":
             return
@@ -139,7 +133,7 @@ class HeadRouter(AttentionLayer):
             getattr(self, f"moh_{name}")[adapter_name] = torch.nn.Parameter(weight)
 
     def listens(self) -> frozenset[What]:
-        return frozenset().union(*(moh.needs(self.site, setting.router) for setting in self.settings.values()))
+        return frozenset().union(*(options.needs(self.site, setting.router) for setting in self.settings.values()))
 
     def attend(self, call: AttentionCall, next: Attend, adapter: str) -> Tensor:
         """Route, gather the imbalance in training, and compute."""
@@ -150,7 +144,7 @@ class HeadRouter(AttentionLayer):
             call.ledger.ran_dense("what the router needs could not be seen")
             return next(call)
         if not torch.compiler.is_compiling():
-            moh.note(call, gates)
+            options.note(call, gates)
         balances = gates.scores is not None and isinstance(self.passage, Balancing)
         if balances and not train:
             self.passage.collector.miss()
@@ -169,7 +163,7 @@ class HeadRouter(AttentionLayer):
             parts = {name: getattr(self, f"moh_{name}") for name in ("shared", "routed", "stages")}
             weights = Weights(**{name: part[adapter] for name, part in parts.items() if adapter in part})
             return by_weights(call.hidden, weights, setting.budget, setting.gate, train)
-        if call.queries is None and "queries" in moh.needs(self.site, setting.router):
+        if call.queries is None and "queries" in options.needs(self.site, setting.router):
             return None
         queries = call.queries if call.queries is not None else call.q
         return by_length(queries, setting.budget, setting.gate, train)
@@ -188,10 +182,10 @@ class Balancing(Passage):
     def ended(self, model: torch.nn.Module, arguments: dict[str, Any], output: Any) -> Any:
         loss = self.collector.end()
         learns = model.training and torch.is_grad_enabled()
-        if learns and loss is None and self.collector.missed and not torch.compiler.is_compiling():
-            warnings.warn(REENTRANT, stacklevel=2)
+        if learns:
+            warn_if_missed(self.collector)
         weight = self.collector.weight if learns else 0.0
-        return add_to(output, loss, weight, arguments, moh.shifts_labels(model))
+        return add_to(output, loss, weight, arguments, shifts_labels(model))
 
 
 class MoHModel(AttentionTuner):
@@ -203,11 +197,11 @@ class MoHModel(AttentionTuner):
     def why_not(self, site: Site, config: Any) -> str | None:
         if site.kind != "self":
             return f"{site.kind} attention"
-        return moh.why_not(site, config.router)
+        return options.why_not(site, config.router)
 
     def check(self, sites: list[Site], config: Any) -> None:
         for site in sites:
-            moh.budget_of(config, site)
+            options.budget_of(config, site)
 
     def passage(self) -> Passage:
         return Balancing()

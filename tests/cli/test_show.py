@@ -54,6 +54,13 @@ def test_version(cli):
     assert cli("--version").stdout == f"patchkit {patchkit.__version__}\n"
 
 
+def test_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "patchkit", "--version"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == f"patchkit {patchkit.__version__}\n", done.stderr
+
+
 def test_list(cli):
     text = cli("list").stdout
     assert "adaspa" in text
