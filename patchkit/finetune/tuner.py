@@ -36,11 +36,11 @@ class AttentionTuner(BaseTuner):
         except BaseException:
             vars(model).pop("peft_config", None)
             if held is not None:
-                model.peft_config = held
+                vars(model)["peft_config"] = held
             raise
         # a dict of its own, because later tuners write into it; of one name, theirs stays as they will look for it
         theirs = {n: c for n, c in (held or {}).items() if n not in self.peft_config or not isinstance(c, TunerConfig)}
-        model.peft_config = {**self.peft_config, **theirs}
+        vars(model)["peft_config"] = {**self.peft_config, **theirs}
 
     # --- for the author of a recipe to override ---------------------------------------------------------------
 
@@ -193,7 +193,8 @@ class AttentionTuner(BaseTuner):
                 self._take_out(module)
         if not self._layers():
             self._close_passage()
-        saved = {name for name in names if name in self.peft_config and self.peft_config[name].modules_to_save}
+        configs: dict[str, Any] = self.peft_config
+        saved = {name for name in names if name in configs and configs[name].modules_to_save}
         for path, module in list(self.model.named_modules()):
             if isinstance(module, LoraLayer):
                 self._take_off(path, module, names & vars(self).get("_lora_names", set()))

@@ -145,13 +145,14 @@ class HeadRouter(AttentionLayer):
             return next(call)
         if not torch.compiler.is_compiling():
             options.note(call, gates)
-        balances = gates.scores is not None and isinstance(self.passage, Balancing)
-        if balances and not train:
-            self.passage.collector.miss()
-        elif balances:
-            counted = self.passage.collector.tokens(call.q.shape[0], call.q.shape[2])
-            loss = imbalance(gates.scores, gates.active[:, setting.budget.shared :], counted)
-            self.passage.collector.add(loss, setting.balance)
+        if gates.scores is not None and isinstance(self.passage, Balancing):
+            collector = self.passage.collector
+            if train:
+                counted = collector.tokens(call.q.shape[0], call.q.shape[2])
+                loss = imbalance(gates.scores, gates.active[:, setting.budget.shared :], counted)
+                collector.add(loss, setting.balance)
+            else:
+                collector.miss()
         return compute.attend(call, next, gates, setting.budget, setting.min_tokens)
 
     def _gates(self, call: AttentionCall, adapter: str, train: bool) -> Gates | None:
