@@ -1,11 +1,11 @@
 """MoH on language models: what heads that are off cost untuned, and what tuning gets back.
 
-    python benchmarks/moh_tuning.py preview zoo/gemma --text out/gemma-writes.txt      perplexity at several budgets
-    python benchmarks/moh_tuning.py training out/moh-gemma --label gemma               a row of what `patchkit train` wrote
+    python benchmarks/moh_tuning.py preview zoo/gemma --text out/gemma-writes.txt   perplexity at several budgets
+    python benchmarks/moh_tuning.py training out/moh-gemma --label gemma            a row of what `patchkit train` wrote
 
 ``preview``: perplexity of the end of the text, cut as `patchkit train` cuts it, so its figures stand beside that
-command's. Budgets are (shared, active); with the two equal nothing is chosen, and the same heads are on for every token:
-what choosing gains shows beside those. ``recovered`` of a training is the share of the loss (mean negative
+command's. Budgets are (shared, active); where the two are equal nothing is chosen, and the same heads are on for every
+token: what choosing gains shows beside those. ``recovered`` of a training is the share of the loss (mean negative
 log-likelihood) lost untuned that tuning got back, against the dense model tuned as long.
 """
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import math
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,13 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from patchkit.adapters.base import unwrap
 from patchkit.errors import InvalidOption
+from patchkit.finetune import outcome
 from patchkit.jobs import Job, JobCall, JobProgress, JobResult
 from patchkit.recipe_base import Recipe
-from patchkit.text import duration, table
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-RESULT, RECIPE = "training.json", "recipe.yaml"
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -76,8 +70,7 @@ def run(call: JobCall) -> JobResult:
     recipe = _recipe(call)
     if call.tokenizer is None or not hasattr(call.target, "get_output_embeddings"):
         raise InvalidOption(f"{call.model} is no language model", "field 'model'", "this verb trains on text")
-    main = int(os.environ.get("RANK", "0")) == 0
-    if not main:
+    if not outcome.is_main():
         return _train(call, recipe, folder)
     with alone_in(folder, "a training"):
         return _train(call, recipe, folder)
@@ -89,7 +82,7 @@ def _train(call: JobCall, recipe: Recipe, folder: Path) -> JobResult:
     known = _finished(folder, facts)
     if known is not None:
         call.say(f"{folder} holds this training, finished")
-        return _result(known, folder, options, recipe.name)
+        return outcome.result(known, folder, options.weights == "all", recipe.name)
     start = None
     if options.weights == "all" and options.baseline:
         start = {name: value.detach().clone() for name, value in call.target.state_dict().items()}
@@ -99,12 +92,12 @@ def _train(call: JobCall, recipe: Recipe, folder: Path) -> JobResult:
         if name == "baseline" and start is not None:
             call.target.load_state_dict(start)
         result[name] = _one(call, which, folder if which is not None else folder / "baseline", name, len(courses))
-    if _is_main():
-        _write(folder / RECIPE, _recipe_file(call, recipe, folder))
-        _write(folder / RESULT, json.dumps(result, indent=1))
+    if outcome.is_main():
+        outcome.write(folder / outcome.RECIPE, outcome.recipe_file(call, recipe, folder))
+        outcome.write(folder / outcome.RESULT, json.dumps(result, indent=1))
         for name in ("", "baseline"):
             (folder / name / "checkpoint.pt").unlink(missing_ok=True)
-    return _result(result, folder, options, recipe.name)
+    return outcome.result(result, folder, options.weights == "all", recipe.name)
 
 
 def _one(call: JobCall, recipe: Recipe | None, folder: Path, name: str, courses: int) -> dict[str, Any]:
@@ -138,11 +131,11 @@ def _one(call: JobCall, recipe: Recipe | None, folder: Path, name: str, courses:
         tell,
     )
     log = training.run()
-    if _is_main() and adapter:
-        _save_adapter(model, folder)
+    if outcome.is_main() and adapter:
+        outcome.save_adapter(model, folder)
     base = model.unload() if adapter else model
-    if _is_main() and options.weights == "all":
-        _save_model(base, call.tokenizer, folder / "model")
+    if outcome.is_main() and options.weights == "all":
+        outcome.save_model(base, call.tokenizer, folder / "model")
     evaluated = [row for row in log if "perplexity" in row]
     return {
         "before": evaluated[0]["perplexity"],
@@ -247,7 +240,7 @@ def _facts(call: JobCall, recipe: Recipe | None) -> dict[str, Any]:
 
 
 def _finished(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
-    path = folder / RESULT
+    path = folder / outcome.RESULT
     if not path.is_file():
         return None
     try:
@@ -259,88 +252,6 @@ def _finished(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     raise InvalidOption(
         "another training was finished in this folder", f"field 'output': {folder}", "name another, or delete it"
     )
-
-
-# --- what is written ------------------------------------------------------------------------------------------------
-
-
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _save_adapter(model: Any, folder: Path) -> None:
-    """All of it or nothing: into a folder of its own, then file by file over the old names, the configuration last."""
-    part = folder / ".adapter"
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    files = sorted(part.iterdir(), key=lambda path: path.name == "adapter_config.json")
-    for path in files:
-        if path.name != "README.md":
-            os.replace(path, folder / path.name)
-    shutil.rmtree(part, ignore_errors=True)
-
-
-def _recipe_file(call: JobCall, recipe: Recipe, folder: Path) -> str:
-    """A recipe file that runs what was trained, beside the untuned and unpatched model."""
-    import yaml
-
-    model = str(folder / "model") if call.options.weights == "all" else call.model
-    document: dict[str, Any] = {"version": 1, "model": model, "recipes": [{recipe.name: {"adapter": str(folder)}}]}
-    document |= {"inputs": dict(call.inputs), "output": str(folder / "sample.txt"), "compare": "dense"}
-    return yaml.safe_dump(document, sort_keys=False)
-
-
-def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    part = folder.with_name(f".{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    with _quiet():
-        model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar of transformers' own among ours."""
-    from transformers.utils import logging as bars
-
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
-def _write(path: Path, text: str) -> None:
-    from patchkit.media import replacing
-
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def _result(found: dict[str, Any], folder: Path, options: Options, recipe: str) -> JobResult:
-    rows = [("untuned, unpatched", f"{found['dense']['perplexity']:.3f}", "", "")]
-    for name, what in (("tuned", "the recipe"), ("baseline", "unpatched")):
-        if name in found:
-            part = found[name]
-            cost = f"{part['tokens']:,}", duration(part["seconds"])
-            rows.append((f"{what}, before tuning", f"{part['before']:.3f}", "0", ""))
-            rows.append((f"{what}, after tuning", f"{part['after']:.3f}", *cost))
-    files = {"adapter": folder, "recipe": folder / RECIPE, "log": folder / "training.jsonl", "result": folder / RESULT}
-    if options.weights == "all":
-        files["model"] = folder / "model"
-    text = table(("model", "perplexity (held out)", "tokens", "time"), rows, indent="")
-    notes: tuple[str, ...] = (
-        f"use it: patchkit run {folder / RECIPE}, or patchkit.apply(model, {recipe!r}, adapter={str(folder)!r}), or "
-        "peft's own from_pretrained",
-    )
-    data = {name: value for name, value in found.items() if name != "facts"}
-    if not all(math.isfinite(found["tuned"][key]) for key in ("before", "after")):
-        notes = (*notes, "a perplexity is not finite: the learning rate is too high, or the text too short")
-    return JobResult(files, data, text, notes)
 
 
 JOB = Job(
