@@ -37,6 +37,9 @@ FLAGS: dict[str, Any] = {
 }
 MODEL = ("model", "dtype", "device", "offload", "revision", "variant", "set")
 ALL = tuple(FLAGS)
+# of diffusion alone
+_PICTURES = ("negative_prompt", "num_inference_steps", "height", "width", "num_frames", "guidance_scale", "fps")
+TEXT = tuple(name for name in FLAGS if name not in _PICTURES)
 
 
 def shared(names: tuple[str, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:

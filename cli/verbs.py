@@ -15,7 +15,7 @@ from patchkit.cli.commands import Source, read
 from patchkit.cli.console import Debug, Json, Output, Quiet, heavy
 
 if TYPE_CHECKING:
-    from patchkit.jobs import JobProgress
+    from patchkit.jobs import JobProgress, Verb
 
 EVERY_SECONDS = 10  # tell how far it is, where there is no terminal
 
@@ -27,6 +27,7 @@ class _Command(TyperCommand):
         from patchkit import jobs
         from patchkit.errors import PatchkitError
 
+        options: list[tuple[str, Any, str]] = []
         name = str(self.callback.__name__)  # type: ignore[union-attr]
         try:
             job = jobs.get(name).load()
@@ -34,14 +35,19 @@ class _Command(TyperCommand):
             self.epilog = str(error)
         else:
             fields = job.options.model_fields.items()
-            options = [f"{n} (default {_default(f)}): {f.description or ''}" for n, f in fields]
+            options = [(field, _default(about), about.description or "") for field, about in fields]
             self.help = job.help
-            self.epilog = f"Options of the section, or --set {name}.OPTION=VALUE:\n\n" + "\n\n".join(options)
         super().format_help(ctx, formatter)
+        if options:
+            title = f"Options of the section, or --set {name}.OPTION=VALUE"
+            Output().table(title, ("name", "default", "meaning"), options)
 
 
-def _default(field: Any) -> Any:
-    return "none: required" if field.is_required() else field.get_default(call_default_factory=True)
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    return "" if default is None else str(default)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,10 +63,10 @@ def add_to(app: typer.Typer) -> None:
                 groups[parent] = typer.Typer(help=f"{parent.capitalize()} something for a recipe.")
                 app.add_typer(groups[parent], name=parent, no_args_is_help=True)
             group = groups[parent]
-        group.command(word, help=verb.help, cls=_Command, rich_help_panel="Verbs of recipes")(_command(verb.name))
+        group.command(word, help=verb.help, cls=_Command, rich_help_panel="Verbs of recipes")(_command(verb))
 
 
-def _command(verb: str) -> Callable[..., None]:
+def _command(verb: Verb) -> Callable[..., None]:
     def command(
         source: Source,
         flags: dict[str, Any],
@@ -74,7 +80,7 @@ def _command(verb: str) -> Callable[..., None]:
 
             file = read(source, lambda document: overrides.apply(document, flags))
             with _bar(out) as progress:
-                result = jobbing.run(file, verb, say=out.say, progress=progress, bars=out.bars)
+                result = jobbing.run(file, verb.name, say=out.say, progress=progress, bars=out.bars)
             if result.text:
                 out.text(result.text)
             if result.files:
@@ -83,8 +89,8 @@ def _command(verb: str) -> Callable[..., None]:
                 out.note(note)
             out.data(result.to_dict())
 
-    command.__name__ = verb  # its help finds the verb by it
-    return flag.shared(flag.ALL)(command)
+    command.__name__ = verb.name  # its help finds the verb by it
+    return flag.shared(flag.TEXT if verb.model == "text" else flag.ALL)(command)
 
 
 @contextlib.contextmanager

@@ -127,11 +127,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Verb:
-    """A job that is known by name, imported or not."""
+    """A job that is known by name, imported or not.
+
+    ``model`` is "text" where it works on language models alone, so that its command shows no flags for pictures.
+    """
 
     name: str
     value: str  # "module:attribute"
     help: str
+    model: str = "any"
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -161,7 +165,7 @@ def verbs() -> dict[str, Verb]:
     shipped = files("patchkit.recipes") / "jobs.json"
     own = json.loads(shipped.read_text(encoding="utf-8")) if shipped.is_file() else {}
     for name, entry in own.items():
-        found[name] = Verb(name, entry["job"], entry["help"])
+        found[name] = Verb(name, entry["job"], entry["help"], entry.get("for", "any"))
     for point in entry_points(group=GROUP):
         if point.name in found or not all(part.isidentifier() for part in point.name.split(".")):
             logger.warning("verb %r (%s) has no usable name of its own and is left out", point.name, point.value)

@@ -67,7 +67,7 @@ class MoH(Recipe):
             that ``patchkit train`` and ``MoHConfig`` learn; an untrained one is refused.
         gate: ``"binary"``: heads are on or off, the default with qnorm. ``"weighted"``: chosen heads weigh their
             probability, scaled to mean 1.
-        mode: see above.
+        mode: ``"preview"``: run an untuned model. ``"train"``: train its own weights in a loop of your own.
         shared_per_layer: ``shared`` of every block, in place of one for all.
         active_per_layer: ``active`` of every block.
         min_tokens: queries from which on only the active heads are computed; with fewer all are, and then gated.
