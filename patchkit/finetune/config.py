@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import peft
 from peft import LoraConfig, PeftConfig
 
 from patchkit.errors import InvalidOption
+from patchkit.finetune import registration
 from patchkit.finetune.types import TunerType
 
 _NOT_BESIDE = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
@@ -37,6 +37,10 @@ class TunerConfig(PeftConfig):
     lora: dict[str, Any] | None = field(default=None)
 
     type_name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        registration.enter(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,4 +83,4 @@ def _plain(lora: Any) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in kept.items()}
 
 
-assert peft.PeftType.LORA  # the first import of peft registers our types, so nobody can make a config that peft rejects
+registration.try_to_register()  # again: where peft was first imported by this module, it could not be done yet

@@ -19,6 +19,7 @@ from patchkit import instance, rebind
 from patchkit.adapters import transformers as texts
 from patchkit.context import Attend, AttentionCall, Moment
 from patchkit.errors import Conflict
+from patchkit.finetune import registration
 from patchkit.finetune.passage import Passage
 from patchkit.ledger import UNWRITTEN, Ledger
 from patchkit.listening import Ear, What
@@ -217,3 +218,6 @@ def _around(layer: AttentionLayer, op: Attend) -> Attend:
 
 def _bare(module: torch.nn.Module) -> Site:
     return Site("model", type(module).__name__, module, "self", 0, 0)
+
+
+registration.try_to_register()  # again, as in config.py

@@ -12,6 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from patchkit.adapters import adapter_for
 from patchkit.errors import Conflict, InvalidOption, NothingMatched, UnsupportedModel
+from patchkit.finetune import registration
 from patchkit.finetune.config import TunerConfig
 from patchkit.finetune.layer import AttentionLayer
 from patchkit.finetune.passage import Passage
@@ -27,6 +28,10 @@ class AttentionTuner(BaseTuner):
     layer_class: ClassVar[type[AttentionLayer]]
     tuner_layer_cls: Any = AttentionLayer
     target_module_mapping: dict[str, list[str]] = {}  # found by looking at the model
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        registration.enter(cls)
 
     def __init__(self, model: torch.nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """See peft. Adapters of other tuners on the model keep their configurations, whatever their names."""
@@ -255,3 +260,6 @@ def _endings(sites: list[Site], names: list[str]) -> set[str]:
     last = {name.rpartition(".")[2] for name in wanted}
     found = {name for name in names if name.rpartition(".")[2] in last}
     return last if found == wanted else wanted
+
+
+registration.try_to_register()  # again, as in config.py

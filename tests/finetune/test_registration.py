@@ -64,6 +64,34 @@ def test_peft_learns_of_our_adapters(first: str) -> None:
     assert "patchkit" not in str(found["loader"])
 
 
+def table(first: str) -> dict[str, object]:
+    """Which classes peft knows after ``first``, in a process of its own."""
+    return run(f"""
+        import json
+        {first}
+        import patchkit
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs, PEFT_TYPE_TO_TUNER_MAPPING as tuners
+        print(json.dumps({{
+            "config": configs["PATCHKIT_MOH"].__name__ if "PATCHKIT_MOH" in configs else None,
+            "tuner": tuners["PATCHKIT_MOH"].__name__ if "PATCHKIT_MOH" in tuners else None,
+        }}))
+    """)
+
+
+KNOWN = {"config": "MoHConfig", "tuner": "MoHModel"}
+
+
+def test_our_config_may_be_imported_before_peft() -> None:
+    """Its module is then half made while peft is imported, and peft asks for it."""
+    assert table("from patchkit.recipes.moh import MoHConfig") == KNOWN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["config", "layer", "tuner"])
+def test_any_module_of_ours_may_come_before_peft(first: str) -> None:
+    assert table(f"import patchkit.finetune.{first}") == KNOWN
+
+
 def test_without_peft_the_error_says_how_to_get_it() -> None:
     found = run("""
         import json, sys
