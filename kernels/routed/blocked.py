@@ -18,6 +18,7 @@ from ..dense.library import dense_with_lse
 from ..merge import merge_states
 from ..sparse.blocked.tile import native_low_precision
 from ..threads import for_each
+from .decode import routed_decode
 from .dense import dense_heads, joins
 from .reference import everywhere
 from .rows import Piece, Rows, gather, rows_of
@@ -48,6 +49,8 @@ def routed_blocked(
 ) -> Tensor:
     """See :func:`patchkit.kernels.routed_attention`; contiguous, zero where not active."""
     H, G = q.shape[1], k.shape[1]
+    if q.shape[2] == 1 and q.device.type == "cpu":
+        return routed_decode(q, k, v, everywhere(active, shared), gates, scale, mask)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     sights = sights_of(q.shape[0], q.shape[2], k.shape[2], causal, mask, q.device)
     whole = shared if all(joins(sight) for sight in set_of(sights)) else 0

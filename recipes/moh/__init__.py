@@ -204,9 +204,9 @@ class MoH(Recipe):
         gates = by_length(queries, budget, self.gate or "binary", train)
         note(call, gates)
         collector: Collector = call.prepared
-        if gates.scores is not None and self.mode == "train" and not train:
+        if self.mode == "train" and budget.chosen and not train:
             collector.miss()
-        elif gates.scores is not None and train:
+        elif train and gates.scores is not None:
             counted = collector.tokens(call.q.shape[0], call.q.shape[2])
             collector.add(imbalance(gates.scores, gates.active[:, budget.shared :], counted), BETA)
         return compute.attend(call, next, gates, budget, self.min_tokens)

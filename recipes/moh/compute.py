@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -87,9 +88,8 @@ def _sparse_path(call: AttentionCall) -> str:
 
 def _slower(call: AttentionCall, why: str) -> str:
     """Without shapes, so that equal reasons are one line of the report."""
-    if call.q.shape[2] == 1:
-        return "one query (decoding): leaving heads out gains nothing"
-    return "all heads are computed and gated: " + why.rpartition(": ")[2]
+    why = re.sub(r"[\d.]+ of the", "most", why.rpartition(": ")[2])
+    return ("one query (decoding): " if call.q.shape[2] == 1 else "all heads are computed and gated: ") + why
 
 
 def _yes_or_no(call: AttentionCall) -> tuple[Tensor | None, str | None]:

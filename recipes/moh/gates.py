@@ -28,7 +28,7 @@ class Gates:
         value: fp32 (B, H, N), what their outputs are multiplied with; None where it is 1 for all that are on and no
             gradient has to pass.
         scores: p, fp32 (B, E, N), the routers' probabilities of the routed heads, which sum to 1; None where no head
-            is chosen.
+            is chosen, and where nothing needs them.
         straight: whether heads that are off have a gradient, too.
     """
 
@@ -102,7 +102,8 @@ def by_length(queries: Tensor, budget: Budget, gate: Gate, train: bool) -> Gates
     with torch.autocast(queries.device.type, enabled=False):
         norms = lengths(queries)[:, budget.shared :]
         chosen = choose(norms, budget.chosen)
-        scores = spread_scores(norms) if budget.chosen else None
+        # binary gates need probabilities only for gradients
+        scores = spread_scores(norms) if budget.chosen and (train or gate == "weighted") else None
         routed = _routed(scores, chosen, budget, gate, train)
         return _joined(chosen, routed, (None, budget.shared), None, scores, train and gate == "binary")
 

@@ -145,9 +145,9 @@ class HeadRouter(AttentionLayer):
             return next(call)
         if not torch.compiler.is_compiling():
             options.note(call, gates)
-        if gates.scores is not None and isinstance(self.passage, Balancing):
+        if isinstance(self.passage, Balancing) and setting.budget.chosen:
             collector = self.passage.collector
-            if train:
+            if train and gates.scores is not None:
                 counted = collector.tokens(call.q.shape[0], call.q.shape[2])
                 loss = imbalance(gates.scores, gates.active[:, setting.budget.shared :], counted)
                 collector.add(loss, setting.balance)

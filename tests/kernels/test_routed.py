@@ -290,6 +290,40 @@ def test_path_is_told_and_taken(qkv):
         assert "too short" in found.reason
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("pad", [None, "left"])
+@pytest.mark.parametrize("G", [16, 4])
+def test_one_query_reads_no_head_that_is_off(qkv, monkeypatch, G, pad, threads):
+    """Decoding: to the bit dense attention of the heads that are on, and keys of the others are never touched."""
+    H, M = 16, 2048
+    q, k, v = qkv(2, H, G, 1, M, 64)
+    active = torch.zeros(2, H, 1, dtype=torch.bool)
+    active[0, 3:9] = active[1, 12] = True
+    gates = torch.rand(2, H, 1) + 0.5
+    mask = padding(2, 1, M, pad)
+    assert routed_path(q, k, active, 2).name == "blocked"
+    on = active.clone()
+    on[:, :2] = True
+    unread = ~on.view(2, G, H // G).any(-1)
+    assert unread.float().mean() > 0.2
+    wanted = routed_attention(q, k, v, active, shared=2, gates=gates, mask=mask, path="dense")
+    k, v = (x.masked_fill(unread[..., None, None], float("nan")) for x in (k, v))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = routed_attention(q, k, v, active, shared=2, gates=gates, mask=mask)
+    assert torch.equal(found, wanted)
+
+
+def test_one_query_is_dense_where_all_keys_are_read(qkv):
+    q, k, _ = qkv(1, 16, 16, 1, 2048, 64)
+    most = torch.ones(1, 16, 1, dtype=torch.bool)
+    most[:, -2:] = False
+    found = routed_path(q, k, most)
+    assert (found.name, found.pays) == ("dense", False)
+    assert "0.88 of the key-value heads are read" in found.reason
+    assert routed_path(q, k[:, :, :512], most.logical_not()).name == "dense"
+    assert "one key-value head" in routed_path(q, k[:, :1], most).reason
+
+
 @pytest.mark.parametrize(
     ("mask", "causal", "stair"),
     [
