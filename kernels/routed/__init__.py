@@ -98,9 +98,9 @@ def routed_attention(
     """Attention of which each head computes only the rows that are routed to it (MoH, arXiv 2410.11842).
 
     Keys and values serve every row, whatever their own tokens were routed to. With a share a of all (token, head) pairs
-    active the ideal time is a of dense attention's. One query (decoding) leaves the key-value heads unread that no active
-    head needs. Where nothing can be gained (short sequences, one query whose heads share their keys) dense attention
-    times the gates is computed instead: :func:`patchkit.kernels.routed_path` says which and why.
+    active the ideal time is a of dense attention's. One query (decoding) leaves unread the key-value heads that no
+    active head needs. Where nothing can be gained (short sequences, one query whose heads share their keys) dense
+    attention times the gates is computed instead: :func:`patchkit.kernels.routed_path` says which and why.
 
     Args:
         q: (B, H, N, D), any strides with contiguous D.
