@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchkit.errors import PatchkitError
 from patchkit.sites import by_number
 
 
@@ -44,3 +45,14 @@ def attend(
 @attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    raise PatchkitError(
+        "a patch inside a compiled graph has no gradients, because its chain runs outside of the graph",
+        "torch.compile",
+        "train uncompiled, or remove the patch while training; adapters of tuned recipes can be trained compiled",
+    )
+
+
+attend.register_autograd(_backward)

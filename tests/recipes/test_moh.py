@@ -426,6 +426,17 @@ def test_compiled(name: str) -> None:
         assert reasons == {"all heads are computed and gated: too short to gain over dense"}
 
 
+def test_gradients_of_a_compiled_patch_are_refused() -> None:
+    entry = tiny.MODELS["llama"]
+    model = entry.build().train()
+    ids = torch.arange(3, 27)[None]
+    with patchkit.apply(model, "moh", mode="train"):
+        torch._dynamo.reset()
+        loss = torch.compile(model, backend="eager")(input_ids=ids, labels=ids).loss
+        with pytest.raises(patchkit.PatchkitError, match="no gradients"):
+            loss.backward()
+
+
 def dit() -> Any:
     from diffusers import DiTTransformer2DModel
 
