@@ -58,7 +58,9 @@ class JobCall:
         recipes: those of the recipe file.
         inputs: its inputs over those that the model is best called with.
         options: the verb's section, an instance of the job's ``options``.
+        loaded_as: how it is loaded besides, as the file says it: ``dtype``, ``revision``, ``variant``.
         output: the path under ``output``, None if the file names none.
+        in_folder: whether that is a folder: a path with ``/`` at its end, or without a suffix.
         device: where the target computes.
         say: tells what is being done, one line each.
         progress: tells how far it is; call it often, it is shown now and then.
@@ -80,6 +82,8 @@ class JobCall:
     progress: Callable[[JobProgress], None]
     encode: Callable[..., Any] | None = None
     reads_pictures: bool = False
+    loaded_as: Mapping[str, str] = field(default_factory=dict)
+    in_folder: bool = False
     where: Callable[..., str] = lambda *path: ".".join(path)
 
 

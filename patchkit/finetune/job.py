@@ -57,7 +57,7 @@ def check(call: JobCall) -> None:
     require()
     _recipe(call)
     _text(call)
-    if call.output is None or call.output.suffix:
+    if call.output is None or not call.in_folder:
         raise InvalidOption("the adapter goes into a folder", "field 'output'", "write `output: out/tuned/`")
 
 
@@ -184,8 +184,12 @@ def _quality(call: JobCall, model: Any) -> dict[str, float]:
     learned, held = split(_text(call), options.held_out)
     training = model.training
     model.eval()
-    found = perplexity(model, call.tokenizer, held or learned, options.window, max(1, options.window // 2))
-    model.train(training)
+    try:
+        found = perplexity(model, call.tokenizer, held or learned, options.window, max(1, options.window // 2))
+    except InvalidOption as error:
+        raise InvalidOption(f"held out: {error.what}", call.where("text"), "give more text, or hold out more") from None
+    finally:
+        model.train(training)
     return {"perplexity": found.value}
 
 
@@ -229,13 +233,18 @@ def _text(call: JobCall) -> str:
             raise InvalidOption(
                 f"cannot read {name}: {error}", call.where("text"), "name text files in UTF-8"
             ) from None
-    return "\n\n".join(parts)
+    text = "\n\n".join(parts)
+    if not text.strip():
+        raise InvalidOption("there is no text in it", call.where("text"), "name text files that hold some")
+    return text
 
 
 def _facts(call: JobCall, recipe: Recipe | None) -> dict[str, Any]:
     """What makes two trainings the same one."""
     digest = hashlib.sha256(_text(call).encode()).hexdigest()
     facts = {"model": call.model, "text": digest, "section": call.options.model_dump(exclude={"text", "save_every"})}
+    if call.loaded_as:
+        facts["loaded_as"] = dict(call.loaded_as)
     return facts | {"recipe": None if recipe is None else {recipe.name: recipe.options()}}
 
 
@@ -247,10 +256,15 @@ def _finished(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    if found.get("facts") == json.loads(json.dumps(facts)):
+    from patchkit.finetune.loop import differing
+
+    other = differing(found.get("facts") or {}, json.loads(json.dumps(facts)))
+    if not other:
         return found
     raise InvalidOption(
-        "another training was finished in this folder", f"field 'output': {folder}", "name another, or delete it"
+        f"another training was finished in this folder (other {', '.join(other)})",
+        f"field 'output': {folder}",
+        "name another, or delete it",
     )
 
 

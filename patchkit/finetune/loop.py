@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -153,13 +154,12 @@ class Training:
                 accelerator.backward(loss)
                 total += loss.detach()
         norm = accelerator.clip_grad_norm_(model.parameters(), course.clip) if course.clip else None
+        loss_value = float(accelerator.reduce(total, "mean"))
+        for what, value in (("loss", loss_value), ("norm of the gradients", 0.0 if norm is None else float(norm))):
+            if not math.isfinite(value):
+                raise PatchkitError(f"the {what} is {value} at step {step + 1}", str(self.folder), "lower lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss_value = float(accelerator.reduce(total, "mean"))
-        if not math.isfinite(loss_value):
-            raise PatchkitError(
-                f"the loss is {loss_value} at step {step + 1}", str(self.folder), "lower lr, or set clip"
-            )
         row = {"step": step + 1, "loss": round(loss_value, 6), "lr": course.rate(step)}
         row |= {name: round(value, 6) for name, value in self.extra(self.model).items()}
         if norm is not None:
@@ -194,13 +194,17 @@ class Training:
     def _resume(self, optimizer: Any) -> int:
         """Go on from the checkpoint if there is one; returns how many steps are done."""
         path = self.folder / CHECKPOINT
+        if self.accelerator.is_main_process:
+            for left in self.folder.glob(f".{path.stem}-*{path.suffix}"):
+                left.unlink(missing_ok=True)  # half written when a run was killed
         if not path.is_file():
             self._write_log()
             return 0
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if json.loads(state["facts"]) != json.loads(json.dumps(self._all_facts())):
+        state = _state(path)
+        other = differing(json.loads(state["facts"]), json.loads(json.dumps(self._all_facts())))
+        if other:
             raise PatchkitError(
-                "a training with other settings was begun in this folder",
+                f"a training with other settings ({', '.join(other)}) was begun in this folder",
                 str(self.folder),
                 "give its settings to go on with it, name another output, or delete the folder",
             )
@@ -210,6 +214,12 @@ class Training:
         optimizer.load_state_dict(state["optimizer"])
         done = int(state["step"])
         self.log = [row for row in _read(self.folder / LOG) if row["step"] <= done]
+        if [row["step"] for row in self.log] != list(range(done + 1)):
+            raise PatchkitError(
+                f"the log does not hold the {done} steps before the checkpoint",
+                str(self.folder / LOG),
+                f"put it back, or delete {path.name} to begin again",
+            )
         self._write_log()
         return done
 
@@ -230,11 +240,37 @@ class Training:
                 part.write_text("".join(json.dumps(row) + "\n" for row in self.log), encoding="utf-8")
 
 
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of the settings in which two trainings differ; a section within counts by its fields."""
+    names = []
+    for name in sorted(one.keys() | other.keys()):
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += differing(a, b)
+        elif a != b:
+            names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds; raises :class:`PatchkitError` where it is damaged."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"step", "facts", "weights", "optimizer"} <= state.keys():
+            raise ValueError("parts of it are missing")
+    except (RuntimeError, EOFError, OSError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PatchkitError(
+            f"the checkpoint is damaged: {reason}", str(path), "delete it to begin this training again"
+        ) from None
+    return state
+
+
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a log; a line that was cut off in the middle ends it."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             yield json.loads(line)
         except ValueError:

@@ -50,6 +50,11 @@ class ModelSpec:
         """The zoo name without ``zoo/``, or None."""
         return self.id[4:] if self.id.startswith("zoo/") else None
 
+    def chosen(self) -> dict[str, str]:
+        """What makes it this model and no other besides ``id``, where it is given: not where it computes."""
+        given = {"dtype": self.dtype, "revision": self.revision, "variant": self.variant}
+        return {name: value for name, value in given.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Output:
