@@ -35,8 +35,8 @@ def routed_decode(
             calls.append((out[one, heads], q[one, heads], keys[:, kv], values[:, kv]))
 
     def work(call: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-        into, *inputs = call
-        into.copy_(F.scaled_dot_product_attention(*inputs, scale=scale, enable_gqa=group > 1))
+        into, query, keys, values = call
+        into.copy_(F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=group > 1))
 
     for_each(calls, lambda: work, q.device)
     if gates is not None:

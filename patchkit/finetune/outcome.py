@@ -38,7 +38,10 @@ def recipe_file(call: JobCall, recipe: Recipe, folder: Path) -> str:
     """A recipe file that runs what was trained, beside the untuned and unpatched model."""
     import yaml
 
-    model = str(folder / "model") if call.options.weights == "all" else call.model
+    model: Any = str(folder / "model") if call.options.weights == "all" else call.model
+    if call.loaded_as:
+        kept = {"dtype": call.loaded_as["dtype"]} if "dtype" in call.loaded_as else {}
+        model = {"id": model} | (kept if call.options.weights == "all" else dict(call.loaded_as))
     document: dict[str, Any] = {"version": 1, "model": model, "recipes": [{recipe.name: {"adapter": str(folder)}}]}
     document |= {"inputs": dict(call.inputs), "output": str(folder / "sample.txt"), "compare": "dense"}
     return yaml.safe_dump(document, sort_keys=False)
