@@ -1,7 +1,7 @@
 """One query on a CPU, as in decoding: key-value heads whose query heads are all off are left unread.
 
-Each call of torch's own kernel takes neighbouring heads, as views, so nothing is copied and a head's numbers are those
-of dense attention to the bit. With several threads each takes whole heads.
+Each call of torch's own kernel takes neighbouring heads, as views: nothing is copied. With several threads each takes
+whole heads.
 """
 
 from __future__ import annotations
