@@ -1,7 +1,7 @@
 """MoH on language models: what heads that are off cost untuned, and what tuning gets back.
 
     python benchmarks/moh_tuning.py preview zoo/gemma --text out/gemma-writes.txt   perplexity at several budgets
-    python benchmarks/moh_tuning.py training out/moh-gemma --label gemma            a row of what `patchkit train` wrote
+    python benchmarks/moh_tuning.py training out/moh-gemma --label gemma --threads 2   a row of a training
 
 ``preview``: perplexity of the end of the text, cut as `patchkit train` cuts it, so its figures stand beside that
 command's. Budgets are (shared, active); where the two are equal nothing is chosen, and the same heads are on for every
@@ -72,7 +72,7 @@ def training(args: argparse.Namespace) -> None:
         lost, left = (math.log(tuned[when] / base["after"]) for when in ("before", "after"))
         row |= {"baseline": base["after"], "baseline_minutes": round(base["seconds"] / 60, 1)}
         row |= {"baseline_curve": base["curve"], "recovered": round(1 - left / lost, 4)}
-    append(TABLE, conditions("cpu") | row)
+    append(TABLE, conditions("cpu") | {"threads": args.threads} | row)
     print(json.dumps(row, indent=1))
 
 
@@ -90,6 +90,7 @@ def main() -> int:
     two = parts.add_parser("training")
     two.add_argument("folder", type=Path)
     two.add_argument("--label", required=True)
+    two.add_argument("--threads", type=int, required=True, help="that it had")
     two.set_defaults(do=training)
     args = parser.parse_args()
     args.do(args)
