@@ -38,7 +38,7 @@ def routed_path(q: Tensor, k: Tensor, active: Tensor, shared: int = 0) -> Path:
     reason = why_dense(q, k, shared)
     if reason is not None:
         return Path("dense", f"{what}: {reason}", False)
-    if q.device.type != "cpu":
+    if triton_obstacle(q, k) is None:
         return Path("triton", what, True)
     if q.shape[2] == 1:
         read = float(heads_read(everywhere(active, shared), k.shape[1]).float().mean())
