@@ -241,7 +241,7 @@ def _adapters(wrapper: Any) -> set[str]:
     """Names of the adapters that a wrapper of peft's holds."""
     if isinstance(wrapper, ModulesToSaveWrapper):
         return set(wrapper.modules_to_save)
-    return set(wrapper._all_available_adapter_names())
+    return {name for attribute in wrapper.adapter_layer_names for name in getattr(wrapper, attribute)}
 
 
 def _delete(layer: Any, name: str) -> None:

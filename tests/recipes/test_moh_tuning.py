@@ -539,7 +539,14 @@ def test_compiled_with_the_active_heads_alone(mask: str) -> None:
     with torch.no_grad():
         plain = model(**given).logits
         torch._dynamo.reset()
-        found = torch.compile(model, backend="eager", fullgraph=True)(**given).logits
+        graphs: list[str] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph.code)
+            return graph.forward
+
+        found = torch.compile(model, backend=backend, fullgraph=True)(**given).logits
+    assert graphs[0].count("routed_attention") == 2, "one in each layer"
     real = batch()["attention_mask"].bool() if mask == "padding" else torch.ones_like(batch()["input_ids"]).bool()
     torch.testing.assert_close(found[real], plain[real])
 
